@@ -1,0 +1,82 @@
+"""What most tests need: meshes of host devices, and a function run under `jax.shard_map`."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+P = PartitionSpec
+IMPLEMENTATIONS = ("xla", "fused")
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def make_mesh(
+    shape: int | Mapping[str, int],
+    *,
+    axis_type: AxisType = AxisType.Auto,
+    order: Sequence[int] | None = None,
+) -> Mesh:
+    """Mesh over the first devices: `shape` is a size for "expert", or sizes by axis name.
+
+    `order` permutes the devices used, so that ranks differ from device ordinals.
+    """
+    sizes = {"expert": shape} if isinstance(shape, int) else dict(shape)
+    count = math.prod(sizes.values())
+    devices = np.asarray(jax.devices()[:count])
+    if order is not None:
+        devices = devices[np.asarray(order)]
+    return Mesh(
+        devices.reshape(tuple(sizes.values())), tuple(sizes), axis_types=(axis_type,) * len(sizes)
+    )
+
+
+def sharded(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    in_specs: Any = P("expert"),
+    out_specs: Any = P("expert"),
+    check_vma: bool = True,
+    jit: bool = True,
+    **options: Any,
+) -> Callable[..., Any]:
+    """`function` under `jax.shard_map` over `mesh`, jitted; specs default to rows over "expert"."""
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma, **options
+    )
+    return jax.jit(mapped) if jit else mapped
+
+
+def run_python(
+    code: str,
+    *,
+    arguments: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a fresh interpreter that finds the package and the test modules."""
+    # The package this process tests, installed or not, and nothing else by that name.
+    package = importlib.util.find_spec("jax_fusco")
+    assert package is not None
+    assert package.origin is not None
+    places = [str(pathlib.Path(package.origin).parent.parent), str(pathlib.Path(__file__).parent)]
+    path = os.pathsep.join(places + list(filter(None, [os.environ.get("PYTHONPATH")])))
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
