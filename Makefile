@@ -1,0 +1,81 @@
+# One rule for each thing a developer does; `make help` lists them.
+# Another Python or JAX beside the default one: make PYTHON=python3.12 VENV=.venv312 JAX='jax==0.10.2' test
+
+PYTHON ?= python3
+VENV ?= .venv
+JAX ?= jax
+PYTEST_ARGS ?=
+TRAIN_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+NATIVE := $(shell find xla_ffi CMakeLists.txt -name '*.h' -o -name '*.cc' -o -name CMakeLists.txt)
+NATIVE_TESTS := $(shell find tests/native -type f)
+FORMATTED := $(filter %.h %.cc,$(NATIVE) $(NATIVE_TESTS))
+SANITIZERS := none address thread
+
+.PHONY: help test native pytest train bench lint format types bazel wheel clean
+.DELETE_ON_ERROR:
+
+help:  ## list the rules
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+# The package is built once, in isolation, and again when C++ or the build changes; Python edits need nothing.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+
+$(VENV)/.package: pyproject.toml $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$(JAX)" --editable .
+	@touch $@
+
+# Tools (pyproject's dependency groups) need no built package.
+$(VENV)/.group-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --group $*
+	@touch $@
+
+# Extras go on top of the installed package, so that asking for one builds nothing again.
+$(VENV)/.extra-%: pyproject.toml $(VENV)/.package
+	$(BIN)/python -m pip install --quiet "$(JAX)" "jax-fusco[$*]"
+	@touch $@
+
+test: native pytest  ## set up, then run every native and Python test
+
+native: $(SANITIZERS:%=native-%)  ## C++ tests: plain, with address + undefined-behaviour, with thread sanitizer
+
+native-%: $(VENV)/.group-native
+	$(BIN)/cmake -S . -B _skbuild/native-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DJAX_FUSCO_TESTS=ON -DJAX_FUSCO_SANITIZER=$* > /dev/null
+	$(BIN)/cmake --build _skbuild/native-$*
+	$(BIN)/ctest --test-dir _skbuild/native-$* --output-on-failure
+
+pytest: $(VENV)/.extra-test  ## Python tests: make pytest PYTEST_ARGS='tests/unit -k plan'
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+train: $(VENV)/.extra-train  ## train the example language model: make train TRAIN_ARGS='--help'
+	$(BIN)/python examples/train_moe_lm.py $(TRAIN_ARGS)
+
+bench: $(VENV)/.extra-bench  ## time the shuffles against their rivals
+	$(BIN)/python -m jax_fusco.bench $(BENCH_ARGS)
+
+lint: $(VENV)/.group-lint  ## ruff and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(VENV)/.group-lint  ## let ruff and clang-format change what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+types: $(VENV)/.group-lint $(VENV)/.extra-test  ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bazel: $(VENV)/.group-native $(VENV)/.extra-test  ## build and test with Bazel, offline
+	JAX_FUSCO_PYTHON=$(abspath $(BIN))/python bazel test //:all
+
+wheel: $(VENV)/.group-native  ## sdist, and a wheel built from it, into dist/
+	$(BIN)/python -m build --quiet
+
+clean:  ## remove what the rules above made, environments included
+	rm -rf .venv* _skbuild dist
