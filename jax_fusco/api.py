@@ -1,0 +1,337 @@
+"""The public functions: check arguments, pick an implementation, name what remat may save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int32, PyTree, Shaped
+
+from jax_fusco import mesh, primitive
+from jax_fusco.mesh import Axis, AxisName, expert_axis
+from jax_fusco.plan import Plan, dropless_capacity, experts_per_rank, whole
+
+Implementation: TypeAlias = str | Sequence[str] | None
+
+_PLAN_NAME, _ROWS_NAME = "jax_fusco_plan", "jax_fusco_rows"
+REMAT_SAVE_NAMES: tuple[str, ...] = (_PLAN_NAME, _ROWS_NAME)
+"""Names of a plan's integers and of dispatched rows, for `jax.checkpoint_policies`."""
+
+
+def make_plan(
+    expert_ids: Int32[Array, "T k"],
+    *,
+    axis_name: AxisName,
+    num_experts: int,
+    capacity: int | None = None,
+    alignment: int = 1,
+    topology: None = None,
+    placement: None = None,
+    implementation: Implementation = None,
+) -> Plan:
+    """Plans the shuffle of T tokens a rank to their k experts each, and back.
+
+    Call it inside `jax.shard_map`, on every rank. Expert `e` lives on rank `e // (num_experts //
+    R)`. A receive buffer is expert-major: by local expert, then source rank, then token, then j.
+
+    Where a rank would receive more rows than `capacity`, the cuts come from the fullest (expert,
+    source rank) cells: each keeps `min(count, L)` rows for the highest L that fits, padding
+    included, then cells in buffer order get one row more wherever that still fits; a cell loses its
+    last assignments.
+
+    Args:
+      expert_ids: global expert of each assignment, -1 for none. The same expert may appear twice in
+        a row. Ids outside [-1, num_experts) move nothing and are counted in `num_invalid` (and
+        raise from the CPU engine when the environment has JAX_FUSCO_STRICT=1).
+      axis_name: the mesh axis of the experts, or a tuple whose row-major index is the rank. None:
+        one rank, no `shard_map` needed.
+      num_experts: experts over all ranks, a multiple of the number of ranks R.
+      capacity: rows C of a rank's receive buffer. None: dropless for routings to distinct experts,
+        `R * T * min(k, E_local) + E_local * (alignment - 1)`. See `jax_fusco.capacity`.
+      alignment: every group starts at, and is padded to, a multiple of it.
+      topology: must be None.
+      placement: must be None.
+      implementation: "xla" (plain `jax.lax`), "fused" (the engine), a sequence of them tried in
+        order, or
+        None: the engine where it is known to reach, else "xla".
+
+    Returns:
+      The plan of this rank.
+
+    Raises:
+      TypeError, ValueError: an argument's type or value, named in the message.
+    """
+    ids = _array("expert_ids", expert_ids)
+    if ids.dtype != jnp.int32:
+        raise TypeError(f"expert_ids: got dtype {ids.dtype}, need int32")
+    if ids.ndim != 2:
+        raise ValueError(f"expert_ids: got shape {ids.shape}, need [tokens, experts per token]")
+    for name, value in (("topology", topology), ("placement", placement)):
+        if value is not None:
+            raise ValueError(f"{name}: got {value!r}, need None (nothing else is supported yet)")
+    axis = expert_axis(axis_name)
+    num_experts = whole("num_experts", num_experts, 1)
+    alignment = whole("alignment", alignment, 1)
+    experts_per_rank(num_experts, axis.size)
+    tokens, k = ids.shape
+    if capacity is None:
+        rows = dropless_capacity(tokens, k, num_experts, axis.size, alignment)
+    else:
+        rows = whole("capacity", capacity, 0)
+    if max(rows, tokens * k) >= 2**31:
+        raise ValueError(
+            f"capacity: got {rows} rows, need fewer than 2**31; pass a smaller capacity"
+        )
+    chosen = _choose(implementation, axis)
+    with jax.named_scope("jax_fusco.make_plan"):
+        integers = primitive.plan(
+            primitive.Call(chosen, axis),
+            jax.lax.stop_gradient(ids),
+            num_experts=num_experts,
+            capacity=rows,
+            alignment=alignment,
+        )
+        return Plan(
+            *(checkpoint_name(array, _PLAN_NAME) for array in integers),
+            axis_name=axis.names or None,
+            num_experts=num_experts,
+            num_ranks=axis.size,
+            alignment=alignment,
+            implementation=chosen,
+        )
+
+
+def dispatch(
+    x: PyTree[Shaped[Array, "T ..."]], plan: Plan, *, padding: str = "zero"
+) -> PyTree[Shaped[Array, "C ..."]]:
+    """Moves each token's row to the buffer rows of its experts.
+
+    Args:
+      x: an array `[T, ...]`, or a pytree of them that travel together (hidden states, scales, ids),
+        of any dtype of 1, 2, 4 or 8 bytes.
+      plan: the plan of this rank.
+      padding: what rows past the last group hold: "zero", or "undefined" for consumers that never
+        read them (a dense product over all rows does, and NaN there spreads). Rows that pad a group
+        are zero.
+
+    Returns:
+      Arrays `[C, ...]` in expert-major order. Differentiable in floating and complex arrays: the
+      cotangent of a token's row is the sum over its rows, in float32 (float64), j ascending,
+      rounded once.
+
+    Raises:
+      TypeError, ValueError: an argument's type or value, named in the message.
+    """
+    axis = _plan_axis(plan)
+    if padding not in ("zero", "undefined"):
+        raise ValueError(f"padding: got {padding!r}, need 'zero' or 'undefined'")
+    leaves, tree = jax.tree.flatten(x)
+    rows = tuple(_array("x", leaf) for leaf in leaves)
+    for leaf in rows:
+        _check_payload("x", leaf, "tokens", plan.slot.shape[0])
+    if not rows:
+        return x
+    call = primitive.Call(plan.implementation, axis, zero_tail=padding == "zero")
+    with jax.named_scope("jax_fusco.dispatch"):
+        moved = primitive.dispatch(call, rows, _indices(plan))
+        return tree.unflatten([checkpoint_name(leaf, _ROWS_NAME) for leaf in moved])
+
+
+def combine(
+    y: Float[Array, "C ..."],
+    weights: Float[Array, "T k"] | None,
+    plan: Plan,
+    *,
+    out_dtype: Any = None,
+) -> Float[Array, "T ..."]:
+    """Brings the experts' rows back: `out[t] = sum_j weights[t, j] * y@owner(t, j)[slot[t, j]]`.
+
+    The sum is one fused multiply-add per assignment that has a slot, j ascending from +0, in
+    float32 (float64 if `y` is float64), rounded once. Assignments without a slot add nothing;
+    buffer rows outside the groups are never read.
+
+    Args:
+      y: rows `[C, ...]` of a floating dtype, where `dispatch` put them.
+      weights: floating `[T, k]`, used in the precision of the sum; None means ones.
+      plan: the plan of this rank.
+      out_dtype: a floating dtype, by default that of `y`.
+
+    Returns:
+      `[T, ...]`. Differentiable in `y` and `weights`; the gradient of `weights[t, j]` is a dot
+      product in the precision of the sum, whose order over d differs between implementations: they
+      agree within `d * eps * sum |g * y|`.
+
+    Raises:
+      TypeError, ValueError: an argument's type or value, named in the message.
+    """
+    axis = _plan_axis(plan)
+    y = _array("y", y)
+    _check_floating("y", y.dtype)
+    _check_payload("y", y, "buffer rows", plan.capacity)
+    out_dtype = jnp.dtype(y.dtype if out_dtype is None else out_dtype)
+    _check_floating("out_dtype", out_dtype)
+    # Narrower formats are summed, like all others, in float32.
+    wide = y if primitive.is_summable(y.dtype) else y.astype(jnp.float32)
+    wide_out = out_dtype if primitive.is_summable(out_dtype) else jnp.dtype(jnp.float32)
+    if weights is not None:
+        weights = _array("weights", weights)
+        _check_floating("weights", weights.dtype)
+        if weights.shape != plan.slot.shape:
+            raise ValueError(f"weights: got shape {weights.shape}, need {plan.slot.shape}")
+        weights = weights.astype(jnp.promote_types(wide.dtype, jnp.float32))
+    call = primitive.Call(plan.implementation, axis, out_dtype=wide_out)
+    with jax.named_scope("jax_fusco.combine"):
+        return primitive.combine(call, wide, weights, _indices(plan)).astype(out_dtype)
+
+
+def ragged_all_to_all(
+    operand: Shaped[Array, "N ..."],
+    output: Shaped[Array, "M ..."],
+    input_offsets: Int32[Array, " K"],
+    send_sizes: Int32[Array, " K"],
+    output_offsets: Int32[Array, " K"],
+    recv_sizes: Int32[Array, " K"],
+    *,
+    axis_name: AxisName,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: Implementation = None,
+) -> Shaped[Array, "M ..."]:
+    """`jax.lax.ragged_all_to_all`, with the same meaning, on CPU devices too.
+
+    K is a multiple of the number of ranks R, and slice i goes to rank `i // (K // R)`: rows
+    `operand[input_offsets[i] : + send_sizes[i]]` to row `output_offsets[i]` of that rank's result.
+    The rest of the result is `output`. Received slices must not overlap.
+
+    Args:
+      operand: rows to send.
+      output: what the result holds where nothing arrives; same dtype and row shape as `operand`.
+      input_offsets: integer, where each slice begins in `operand`.
+      send_sizes: integer, rows of each slice.
+      output_offsets: integer, where each slice begins in its receiver's result.
+      recv_sizes: integer, rows of each slice that comes here.
+      axis_name: the mesh axis of the ranks, or a tuple whose row-major index is the rank.
+      axis_index_groups: equally long lists of axis indices that exchange among themselves.
+      implementation: as in `make_plan`.
+
+    Returns:
+      `output` with the received slices written. Differentiable in `operand` and `output`.
+
+    Raises:
+      TypeError, ValueError: an argument's type or value, named in the message.
+    """
+    axis = expert_axis(tuple(axis_name) if isinstance(axis_name, list) else axis_name)
+    if axis_index_groups is not None:
+        axis = Axis(axis.names, len(axis_index_groups[0]), _subgroups(axis_index_groups, axis.size))
+    operand, output = _array("operand", operand), _array("output", output)
+    _check_payload("operand", operand, None, None)
+    if output.dtype != operand.dtype or output.shape[1:] != operand.shape[1:] or not output.ndim:
+        raise ValueError(
+            f"output: got {output.dtype}{list(output.shape)}, need rows like operand's "
+            f"({operand.dtype}{list(operand.shape)})"
+        )
+    named = {
+        "input_offsets": input_offsets,
+        "send_sizes": send_sizes,
+        "output_offsets": output_offsets,
+        "recv_sizes": recv_sizes,
+    }
+    tables = tuple(_table(name, table, axis.size) for name, table in named.items())
+    for name, table in zip(named, tables, strict=True):
+        if table.shape != tables[0].shape:
+            raise ValueError(f"{name}: got shape {table.shape}, need {tables[0].shape}")
+    chosen = _choose(implementation, axis)
+    with jax.named_scope("jax_fusco.ragged_all_to_all"):
+        return primitive.ragged_all_to_all(primitive.Call(chosen, axis), operand, output, tables)
+
+
+def _indices(plan: Plan) -> primitive.Indices:
+    return plan.slot_rank, plan.slot, plan.source_rank, plan.source
+
+
+def _plan_axis(plan: Plan) -> Axis:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: got {type(plan).__name__}, need a jax_fusco.Plan")
+    axis = expert_axis(plan.axis_name)
+    if axis.size != plan.num_ranks:
+        raise ValueError(
+            f"plan: got one for {plan.num_ranks} ranks, need one for the {axis.size} ranks here"
+        )
+    return axis
+
+
+def _array(name: str, value: Any) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: got {type(value).__name__}, need an array") from error
+
+
+def _check_floating(name: str, dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: got dtype {dtype}, need a floating dtype")
+
+
+def _check_payload(name: str, x: jax.Array, rows: str | None, number: int | None) -> None:
+    """A payload has a dtype of 1, 2, 4 or 8 whole bytes, and `number` leading rows (None: any)."""
+    extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    packed = not extended and x.dtype.name.startswith(("int2", "int4", "uint2", "uint4", "float4"))
+    if extended or packed or x.dtype.itemsize not in (1, 2, 4, 8):
+        raise TypeError(f"{name}: got dtype {x.dtype}, need one of 1, 2, 4 or 8 bytes")
+    if not x.ndim or (number is not None and x.shape[0] != number):
+        need = "rows along a leading dimension" if rows is None else f"{number} {rows} in front"
+        raise ValueError(f"{name}: got shape {x.shape}, need {need}")
+
+
+def _table(name: str, value: Any, ranks: int) -> jax.Array:
+    table = _array(name, value)
+    if not jnp.issubdtype(table.dtype, jnp.integer):
+        raise TypeError(f"{name}: got dtype {table.dtype}, need an integer dtype")
+    if table.ndim != 1 or not table.size or table.size % ranks:
+        raise ValueError(
+            f"{name}: got shape {table.shape}, need one dimension, a multiple of {ranks} ranks"
+        )
+    return table.astype(jnp.int32)
+
+
+def _subgroups(groups: Sequence[Sequence[int]], size: int) -> tuple[tuple[int, ...], ...]:
+    subgroups = tuple(tuple(int(index) for index in group) for group in groups)
+    members = sorted(index for group in subgroups for index in group)
+    if members != list(range(size)) or len({len(group) for group in subgroups}) != 1:
+        raise ValueError(
+            f"axis_index_groups: got {groups}, need equally long lists that hold each of the "
+            f"{size} axis indices once"
+        )
+    return subgroups
+
+
+def _choose(implementation: Implementation, axis: Axis) -> str:
+    """The implementation to use: "xla", "fused", or "platform" where only lowering can tell."""
+    if implementation is None:
+        if axis.names and not mesh.is_mesh_axis(axis):
+            return "xla"
+        if not axis.names and mesh.platform() is None:
+            return "platform"
+        return "fused" if mesh.platform() == "cpu" and jax.process_count() == 1 else "xla"
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    reason = "need one or more of 'xla', 'fused'"
+    for name in names:
+        if name not in primitive.IMPLEMENTATIONS:
+            raise ValueError(f"implementation: got {name!r}, need 'xla', 'fused', or None")
+        reason = _why_not(name, axis)
+        if reason is None:
+            return name
+    raise ValueError(f"implementation: got {implementation!r}, {reason}")
+
+
+def _why_not(name: str, axis: Axis) -> str | None:
+    """Why an implementation cannot serve here, as far as can be known while tracing."""
+    if name == "xla":
+        return None
+    if axis.names and not mesh.is_mesh_axis(axis):
+        return "need a mesh axis of jax.shard_map for 'fused', use 'xla' under jax.vmap"
+    if mesh.platform() not in (None, "cpu"):
+        return f"need CPU devices for 'fused' (the mesh is on {mesh.platform()}), use 'xla'"
+    return None

@@ -1,0 +1,193 @@
+"""The plan and the row movers as XLA custom calls: `implementation="fused"`.
+
+The only module that touches compiled code. docs/architecture.md has the contract of each call.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jax_fusco.mesh import Axis, checked_axes, free_axes, struct, varying_axes
+
+
+def _runtime_ffi_version() -> tuple[int, int]:
+    """(major, minor) of the running jaxlib's FFI, from the header that comes with it."""
+    header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    text = header.read_text()
+    major, minor = (
+        int(match.group(1))
+        for part in ("MAJOR", "MINOR")
+        if (match := re.search(rf"#define XLA_FFI_API_{part} (\d+)", text))
+    )
+    return major, minor
+
+
+@functools.cache
+def _module() -> Any:
+    """The compiled module, once it is known to fit the jaxlib that runs."""
+    try:
+        from jax_fusco import _ffi
+    except ImportError as error:
+        raise ImportError(
+            f"implementation: 'fused' needs the compiled module jax_fusco._ffi ({error}); "
+            "install jax_fusco with pip, or use implementation='xla'"
+        ) from error
+    built, found = _ffi.api_version(), _runtime_ffi_version()
+    if built[0] != found[0] or built[1] > found[1]:
+        raise ImportError(
+            f"jax_fusco was built for FFI version {built[0]}.{built[1]}, but jaxlib "
+            f"{jax.lib.__version__} has {found[0]}.{found[1]}: install jaxlib>=0.10.2, or rebuild "
+            "jax_fusco against this jaxlib"
+        )
+    return _ffi
+
+
+@functools.cache
+def register() -> None:
+    """Registers every custom call now, starting the CPU backend if it is not up.
+
+    Calls register themselves when they are traced. Programs that were exported or serialised
+    elsewhere are never traced here: call this before running them.
+
+    Raises:
+      ImportError: the compiled module is missing, or was built for a newer jaxlib.
+    """
+    module = _module()
+    # Types must be known before the handlers that use them, and what is registered before the
+    # backend # is up reaches it in the wrong order.
+    jax.local_devices(backend="cpu")
+    for name, registration in module.types():
+        jax.ffi.register_ffi_type(name, registration, platform="cpu")
+    for name, stages in module.registrations():
+        jax.ffi.register_ffi_target(name, stages, platform="cpu")
+
+
+def _call(
+    name: str,
+    axis: Axis,
+    results: Sequence[tuple[tuple[int, ...], Any]],
+    *operands: jax.Array,
+    aliases: dict[int, int] | None = None,
+    **attributes: int,
+) -> Sequence[jax.Array]:
+    """The custom call `jax_fusco_<name>`: `rank` and `group` first, then the operands."""
+    register()
+    varying = varying_axes(operands) | checked_axes(axis)
+    inner_axes = free_axes()
+
+    def call(rank: jax.Array, *operands: jax.Array) -> Sequence[jax.Array]:
+        return jax.ffi.ffi_call(
+            f"jax_fusco_{name}",
+            [struct(shape, dtype, varying) for shape, dtype in results],
+            vmap_method="sequential",
+            input_output_aliases=aliases,
+        )(
+            rank,
+            axis.group(),
+            *operands,
+            num_ranks=axis.size,
+            **attributes,
+        )
+
+    if inner_axes:
+        # The compiler would run one copy of the call per device along these axes, all with the same
+        # rank and group. Inside an inner shard_map they are manual, so each copy is a group of its
+        # own.
+        call = jax.shard_map(
+            call,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            axis_names=set(inner_axes),
+            check_vma=False,
+        )
+    return call(axis.rank(), *operands)
+
+
+def plan(
+    expert_ids: jax.Array, *, axis: Axis, num_experts: int, capacity: int, alignment: int
+) -> tuple[jax.Array, ...]:
+    """The integers of a shuffle, in the order of the fields of `Plan`."""
+    local = num_experts // axis.size
+    shapes = [
+        (local,),
+        (local,),
+        expert_ids.shape,
+        expert_ids.shape,
+        (capacity,),
+        (capacity,),
+        (),
+        (),
+    ]
+    results = [(shape, jnp.int32) for shape in shapes]
+    attributes = {"num_experts": num_experts, "alignment": alignment}
+    return tuple(_call("plan", axis, results, expert_ids, **attributes))
+
+
+def gather_rows(
+    rows: tuple[jax.Array, ...],
+    source_rank: jax.Array,
+    source: jax.Array,
+    *,
+    axis: Axis,
+    fanout: int,
+    zero_tail: bool,
+) -> tuple[jax.Array, ...]:
+    """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero (or untouched) where negative."""
+    results = [(source.shape + x.shape[1:], x.dtype) for x in rows]
+    attributes = {"fanout": fanout, "zero_tail": int(zero_tail)}
+    return tuple(_call("gather_rows", axis, results, source_rank, source, *rows, **attributes))
+
+
+def gather_rows_weighted(
+    g: jax.Array,
+    weights: jax.Array,
+    y: jax.Array,
+    source_rank: jax.Array,
+    source: jax.Array,
+    *,
+    axis: Axis,
+) -> tuple[jax.Array, jax.Array]:
+    """Backward of the weighted sum: `dy[m] = w * g` of its assignment, `dots[m] = <g, y[m]>`."""
+    results = [(y.shape, y.dtype), (source.shape, weights.dtype)]
+    dy, dots = _call("gather_rows_weighted", axis, results, source_rank, source, g, weights, y)
+    return dy, dots
+
+
+def reduce_rows(
+    y: jax.Array,
+    weights: jax.Array | None,
+    slot_rank: jax.Array,
+    slot: jax.Array,
+    *,
+    axis: Axis,
+    out_dtype: Any,
+) -> jax.Array:
+    """`out[t] = sum_j w[t, j] * y@slot_rank[t, j][slot[t, j]]`, j ascending, one fma each."""
+    results = [(slot.shape[:1] + y.shape[1:], out_dtype)]
+    optional = () if weights is None else (weights,)
+    return _call("reduce_rows", axis, results, slot_rank, slot, y, *optional)[0]
+
+
+def ragged_all_to_all(
+    operand: jax.Array,
+    output: jax.Array,
+    input_offsets: jax.Array,
+    send_sizes: jax.Array,
+    output_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    *,
+    axis: Axis,
+) -> jax.Array:
+    """`jax.lax.ragged_all_to_all`, each slice copied once to where it belongs."""
+    results = [(output.shape, output.dtype)]
+    tables = (input_offsets, send_sizes, output_offsets, recv_sizes)
+    aliases = {7: 0}  # operands are rank, group, four tables, operand, output
+    return _call("ragged_all_to_all", axis, results, *tables, operand, output, aliases=aliases)[0]

@@ -1,0 +1,282 @@
+"""The plan and the row movers from `jax.lax` alone: `implementation="xla"`.
+
+Any platform, any number of processes. It moves more bytes than it must (every rank's rows go to
+every rank), and is what the fused engine is checked against. Rows travel as unsigned words, so that
+no arithmetic touches a payload (NaN bits survive).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fusco.mesh import Axis, checked_axes, vary, varying_axes
+
+# The framework's own function, bound at import: callers may replace the public name by ours.
+_jax_ragged_all_to_all = lax.ragged_all_to_all
+
+
+def _round_up(n: jax.Array, multiple: int) -> jax.Array:
+    return -(-n // multiple) * multiple
+
+
+def water_fill(counts: jax.Array, capacity: int, alignment: int) -> jax.Array:
+    """Rows kept of each cell, int32 [E_local, R], from the rows each cell wants, int32 [E_local,
+    R].
+
+    The highest level L at which groups of `min(count, L)` rows, padded to `alignment`, fit in
+    `capacity`; then one row more for each cut cell, in buffer order, wherever that still fits.
+    """
+
+    def padded(level: jax.Array) -> jax.Array:
+        return _round_up(jnp.minimum(counts, level).sum(1), alignment)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # `low` fits; nothing above `high` is needed
+        middle = low + (high - low + 1) // 2
+        fits = padded(middle).sum() <= capacity
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
+
+    highest = counts.max(initial=0)
+    level, _ = lax.fori_loop(0, 32, halve, (jnp.zeros_like(highest), highest))
+    kept = jnp.minimum(counts, level)
+    # One row more: first into the padding that a group has anyway, then into blocks of `alignment`
+    # rows # as long as there are any, groups in order.
+    cut = counts > level
+    wanted = cut.sum(1)
+    free = padded(level) - kept.sum(1)
+    blocks_wanted = -(-jnp.maximum(wanted - free, 0) // alignment)
+    blocks_left = (capacity - padded(level).sum()) // alignment
+    blocks_before = jnp.cumsum(blocks_wanted) - blocks_wanted
+    blocks = jnp.clip(blocks_left - blocks_before, 0, blocks_wanted)
+    extra = jnp.minimum(wanted, free + blocks * alignment)
+    return (kept + (cut & (jnp.cumsum(cut, 1) <= extra[:, None]))).astype(jnp.int32)
+
+
+def plan(
+    expert_ids: jax.Array, *, axis: Axis, num_experts: int, capacity: int, alignment: int
+) -> tuple[jax.Array, ...]:
+    """The integers of a shuffle, in the order of the fields of `Plan`."""
+    tokens, k = expert_ids.shape
+    ranks, local_experts, assignments = axis.size, num_experts // axis.size, tokens * k
+    rank = axis.rank()
+    flat = expert_ids.reshape(-1)
+    valid = (flat >= 0) & (flat < num_experts)
+    num_invalid = jnp.sum(~valid & (flat != -1), dtype=jnp.int32)
+
+    # Every rank's assignments sorted by expert: [R, A] each; a cell is a run of one row of `order`.
+    ids = axis.all_gather(jnp.where(valid, flat, num_experts))
+    order = jnp.argsort(ids, axis=1, stable=True).astype(jnp.int32)
+    counts = jax.vmap(lambda row: jnp.bincount(row, length=num_experts + 1))(ids)
+    counts = counts[:, :num_experts].astype(jnp.int32)
+    run_start = jnp.cumsum(counts, 1, dtype=jnp.int32) - counts  # [R, E]
+
+    # The buffers of all ranks: rows kept of each cell, and where they begin, [owner, E_local,
+    # source].
+    wanted = counts.T.reshape(ranks, local_experts, ranks)
+    fill = functools.partial(water_fill, capacity=capacity, alignment=alignment)
+    kept = jax.vmap(fill)(wanted)
+    expert_counts = kept.sum(2, dtype=jnp.int32)
+    group_sizes = _round_up(expert_counts, alignment)
+    group_start = jnp.cumsum(group_sizes, 1, dtype=jnp.int32) - group_sizes
+    begin = group_start[:, :, None] + jnp.cumsum(kept, 2, dtype=jnp.int32) - kept
+
+    # Where my assignments go.
+    expert = jnp.where(valid, flat, 0)
+    owner, local = expert // local_experts, expert % local_experts
+    sorted_position = jnp.zeros(assignments, jnp.int32)
+    sorted_position = sorted_position.at[order[rank]].set(jnp.arange(assignments, dtype=jnp.int32))
+    in_cell = sorted_position - run_start[rank, expert]
+    placed = valid & (in_cell < kept[owner, local, rank])
+    slot = jnp.where(placed, begin[owner, local, rank] + in_cell, -1).reshape(tokens, k)
+    slot_rank = jnp.where(placed, owner, -1).reshape(tokens, k)
+
+    # Where my buffer's rows come from: the cell that holds row c is the last that begins at or
+    # before c.
+    row = jnp.arange(capacity, dtype=jnp.int32)
+    cell = jnp.searchsorted(begin[rank].reshape(-1), row, side="right").astype(jnp.int32) - 1
+    local, source_rank = cell // ranks, cell % ranks
+    in_cell = row - begin[rank].reshape(-1)[cell]
+    filled = in_cell < kept[rank].reshape(-1)[cell]
+    if assignments:
+        run = run_start[source_rank, rank * local_experts + local]
+        source = order[source_rank, jnp.clip(run + in_cell, 0, assignments - 1)]
+    else:
+        source = jnp.zeros_like(row)
+    empty = jnp.where(row < group_sizes[rank].sum(), -1, -2)
+    source = jnp.where(filled, source, empty)
+    source_rank = jnp.where(filled, source_rank, empty)
+
+    num_dropped = jnp.sum(wanted[rank] - kept[rank], dtype=jnp.int32)
+    found = (
+        group_sizes[rank],
+        expert_counts[rank],
+        slot,
+        slot_rank,
+        source_rank,
+        source,
+        num_dropped,
+        num_invalid,
+    )
+    return vary(found, varying_axes(expert_ids) | checked_axes(axis))
+
+
+def _to_words(x: jax.Array) -> jax.Array:
+    """`x` as unsigned integers of its width, shape kept but for complex numbers."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], -1)
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint8)
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{x.dtype.itemsize * 8}"))
+
+
+def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
+    if dtype == jnp.bool_:
+        return words.astype(jnp.bool_)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        part = jnp.finfo(dtype).dtype
+        parts = lax.bitcast_convert_type(words, part)
+        return lax.complex(parts[..., 0], parts[..., 1])
+    return lax.bitcast_convert_type(words, dtype)
+
+
+def _mask(keep: jax.Array, x: jax.Array) -> jax.Array:
+    """Zero in the rows of `x` that `keep` does not name."""
+    keep = keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim))
+    return jnp.where(keep, x, jnp.zeros((), x.dtype))
+
+
+def gather_rows(
+    rows: tuple[jax.Array, ...],
+    source_rank: jax.Array,
+    source: jax.Array,
+    *,
+    axis: Axis,
+    fanout: int,
+    zero_tail: bool,
+) -> tuple[jax.Array, ...]:
+    """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero where `source[m]` is negative."""
+    del zero_tail  # zeros are as good as anything in a tail that nobody reads
+
+    def gather(x: jax.Array) -> jax.Array:
+        words = axis.all_gather(_to_words(x))
+        if not words.size:
+            return vary(jnp.zeros(source.shape + x.shape[1:], x.dtype), varying_axes(words, source))
+        row = jnp.maximum(source, 0) // fanout
+        picked = words[jnp.maximum(source_rank, 0), row]
+        return _from_words(_mask(source >= 0, picked), x.dtype)
+
+    return tuple(map(gather, rows))
+
+
+def gather_rows_weighted(
+    g: jax.Array,
+    weights: jax.Array,
+    y: jax.Array,
+    source_rank: jax.Array,
+    source: jax.Array,
+    *,
+    axis: Axis,
+) -> tuple[jax.Array, jax.Array]:
+    """Backward of the weighted sum: `dy[m] = w * g` of its assignment, `dots[m] = <g, y[m]>`."""
+    k = weights.shape[1]
+    gather = functools.partial(gather_rows, axis=axis, zero_tail=True)
+    (rows,) = gather((g,), source_rank, source, fanout=k)
+    (scale,) = gather((weights.reshape(-1),), source_rank, source, fanout=1)
+    rows, wide_y = rows.astype(scale.dtype), _mask(source >= 0, y).astype(scale.dtype)
+    dots = jnp.sum(rows * wide_y, axis=1)
+    return (rows * scale[:, None]).astype(y.dtype), dots
+
+
+def reduce_rows(
+    y: jax.Array,
+    weights: jax.Array | None,
+    slot_rank: jax.Array,
+    slot: jax.Array,
+    *,
+    axis: Axis,
+    out_dtype: Any,
+) -> jax.Array:
+    """`out[t] = sum_j w[t, j] * y@slot_rank[t, j][slot[t, j]]`, j ascending, one fma each."""
+    accumulator = jnp.promote_types(y.dtype, jnp.float32)
+    words = _to_words(y)
+    rank = axis.rank()
+    shape = slot.shape[:1] + y.shape[1:]
+
+    def fetch(owner: jax.Array, row: jax.Array) -> jax.Array:
+        """Rows [T, ...] at (owner, row) [T]: a rank sends what it owns, zeros for the rest."""
+        owners, wanted = axis.all_gather(owner), axis.all_gather(row)
+        mine = (owners == rank) & (wanted >= 0)
+        if not words.size:
+            return jnp.zeros(shape, words.dtype)
+        sent = _mask(mine, words[jnp.where(mine, wanted, 0)])
+        received = axis.all_to_all(sent)
+        return received[jnp.maximum(owner, 0), jnp.arange(owner.shape[0])]
+
+    # XLA contracts an unrolled sum as it likes; inside a scan over j it is the ordered fma.
+    def add(acc: jax.Array, column: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        owner, row, *weight = column
+        value = _from_words(fetch(owner, row), y.dtype).astype(accumulator)
+        if weight:
+            value = weight[0].reshape(weight[0].shape + (1,) * (y.ndim - 1)) * value
+        present = (row >= 0).reshape(row.shape + (1,) * (y.ndim - 1))
+        return jnp.where(present, value + acc, acc), None
+
+    columns = (slot_rank, slot) if weights is None else (slot_rank, slot, weights)
+    columns = tuple(column.T for column in columns)
+    start = vary(jnp.zeros(shape, accumulator), varying_axes(y, columns) | checked_axes(axis))
+    out, _ = lax.scan(add, start, vary(columns, varying_axes(start)))
+    return out.astype(out_dtype)
+
+
+def ragged_all_to_all(
+    operand: jax.Array,
+    output: jax.Array,
+    input_offsets: jax.Array,
+    send_sizes: jax.Array,
+    output_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    *,
+    axis: Axis,
+) -> jax.Array:
+    """`jax.lax.ragged_all_to_all`, on CPU (which lacks it) an all-gather and a row gather."""
+
+    def native(*args: jax.Array) -> jax.Array:
+        groups = None if axis.subgroups is None else [list(group) for group in axis.subgroups]
+        return _jax_ragged_all_to_all(*args, axis_name=axis.names, axis_index_groups=groups)
+
+    def emulated(
+        operand: jax.Array,
+        output: jax.Array,
+        input_offsets: jax.Array,
+        send_sizes: jax.Array,
+        output_offsets: jax.Array,
+        recv_sizes: jax.Array,
+    ) -> jax.Array:
+        del recv_sizes  # the senders' sizes say the same
+        # Slices that come to me, [R * slices]: where they begin at the sender and here, and how
+        # long they are.
+        begin, size, here = (
+            axis.all_to_all(v.reshape(axis.size, -1)).reshape(-1)
+            for v in (input_offsets, send_sizes, output_offsets)
+        )
+        sender = jnp.repeat(jnp.arange(axis.size), begin.size // axis.size)
+        row = jnp.arange(output.shape[0], dtype=here.dtype)[:, None]
+        covers = (row >= here) & (row < here + size)  # [M, slices]
+        covered, which = covers.any(1), covers.argmax(1)
+        source = jnp.where(covered, begin[which] + row[:, 0] - here[which], -1)
+        (received,) = gather_rows(
+            (operand,), sender[which], source, axis=axis, fanout=1, zero_tail=True
+        )
+        covered = covered.reshape((-1,) + (1,) * (output.ndim - 1))
+        return jnp.where(covered, received, output)
+
+    args = (operand, output, input_offsets, send_sizes, output_offsets, recv_sizes)
+    args = vary(args, varying_axes(args) | checked_axes(axis))
+    if not axis.names:
+        return emulated(*args)
+    return lax.platform_dependent(*args, cpu=emulated, default=native)
