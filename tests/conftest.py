@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis
 
-# Derandomized: a red run is red again. Compilation dominates the time of an example, so no deadline.
+# Derandomized: a red run is red again. Compiling dominates an example's time, so no deadline.
 hypothesis.settings.register_profile(
     "default",
     deadline=None,

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 P = PartitionSpec
+ROWS = P("expert")
 IMPLEMENTATIONS = ("xla", "fused")
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
@@ -45,8 +46,8 @@ def sharded(
     function: Callable[..., Any],
     mesh: Mesh,
     *,
-    in_specs: Any = P("expert"),
-    out_specs: Any = P("expert"),
+    in_specs: Any = ROWS,
+    out_specs: Any = ROWS,
     check_vma: bool = True,
     jit: bool = True,
     **options: Any,
@@ -79,4 +80,48 @@ def run_python(
         text=True,
         timeout=timeout,
         check=False,
+    )
+
+
+def per_rank(
+    function: Callable[..., Any],
+    mesh: Mesh | int,
+    axis: str | tuple[str, ...] = "expert",
+    *,
+    check_vma: bool = True,
+    jit: bool = True,
+    **options: Any,
+) -> Callable[..., Any]:
+    """`function` on every rank: leaves gain a leading axis of ranks, as in the oracle."""
+    mesh = make_mesh(mesh) if isinstance(mesh, int) else mesh
+
+    def local(*arguments: Any) -> Any:
+        results = function(*jax.tree.map(lambda a: a[0], arguments))
+        return jax.tree.map(lambda a: a[None], results)
+
+    return sharded(
+        local,
+        mesh,
+        in_specs=P(axis),
+        out_specs=P(axis),
+        check_vma=check_vma,
+        jit=jit,
+        **options,
+    )
+
+
+def assert_same_bits(got: Any, want: Any, message: str = "") -> None:
+    """Equal dtype, shape and bits; every NaN equals every other."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.dtype == want.dtype, (message, got.dtype, want.dtype)
+    assert got.shape == want.shape, (message, got.shape, want.shape)
+    if not np.issubdtype(want.dtype, np.integer) and want.dtype != bool:
+        wide = np.float64 if want.dtype.itemsize == 8 else np.float32
+        wide = np.complex64 if want.dtype == np.complex64 else wide
+        nan = np.isnan(want.astype(wide))
+        np.testing.assert_array_equal(np.isnan(got.astype(wide)), nan, message)
+        got, want = np.where(nan, np.zeros_like(got), got), np.where(nan, np.zeros_like(want), want)
+    unsigned = np.dtype(f"u{want.dtype.itemsize}")
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(got).view(unsigned), np.ascontiguousarray(want).view(unsigned), message
     )

@@ -1,0 +1,232 @@
+"""Gradients of dispatch and combine: against loops, and against a dense formulation."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import routings
+from helpers import assert_same_bits, both, per_rank
+
+import jax_fusco as jf
+
+
+def vjp_program(implementation, num_ranks, num_experts, capacity, alignment, weighted=True, **kw):
+    """(ids, x, y, weights, g_rows, g_out) -> (dx, dy, dweights)."""
+
+    def run(ids, x, y, weights, g_rows, g_out):
+        plan = jf.make_plan(
+            ids,
+            axis_name="expert",
+            num_experts=num_experts,
+            capacity=capacity,
+            alignment=alignment,
+            implementation=implementation,
+        )
+        (dx,) = jax.vjp(lambda x: jf.dispatch(x, plan), x)[1](g_rows)
+        if weighted:
+            return dx, *jax.vjp(lambda y, w: jf.combine(y, w, plan), y, weights)[1](g_out)
+        return dx, *jax.vjp(lambda y: jf.combine(y, None, plan), y)[1](g_out), weights
+
+    return per_rank(run, num_ranks, **kw)
+
+
+def vjp_case(seed, routing, num_ranks, local, capacity, alignment, dtype, d=17):
+    rng = np.random.default_rng(seed)
+    num_experts = num_ranks * local
+    ids = routing(rng, num_ranks, 6, 3, num_experts)
+    plan = oracle.make_plan(ids, num_experts, capacity, alignment)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32).astype(dtype)
+
+    x, y = draw(num_ranks, 6, d), draw(num_ranks, plan.capacity, d)
+    g_rows, g_out = draw(num_ranks, plan.capacity, d), draw(num_ranks, 6, d)
+    weights = rng.standard_normal(ids.shape).astype(np.float32)
+    # Rows that hold no assignment are never read, in either direction.
+    g_rows[~oracle.occupied(plan)] = np.nan
+    y[~oracle.occupied(plan)] = np.nan
+    return plan, (ids, x, y, weights, g_rows, g_out)
+
+
+def check_vjp(got, plan, arguments, weighted=True):
+    _, x, y, weights, g_rows, g_out = arguments
+    dx, dy, dweights = jax.device_get(got)
+    assert_same_bits(dx, oracle.dispatch_gradient(g_rows, plan, x.dtype), "dx")
+    want_y, want_w = oracle.combine_gradient(g_out, y, weights if weighted else None, plan)
+    assert_same_bits(dy, want_y, "dy")
+    if weighted:
+        assert dweights.dtype == weights.dtype
+        y = np.where(oracle.occupied(plan)[..., None], y, np.zeros_like(y))
+        _, scale = oracle.combine_gradient(np.abs(g_out), np.abs(y), None, plan)
+        # Each of d products and sums is rounded in float32 (float64): an error per term at most.
+        eps = np.finfo(weights.dtype).eps * y.shape[-1]
+        assert (np.abs(dweights - want_w) <= eps * scale).all()
+        assert (dweights[plan.slot < 0] == 0).all()
+
+
+@both
+@pytest.mark.parametrize("routing", routings.ALL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("num_ranks", [1, 4, 16])
+def test_every_routing(implementation, num_ranks, routing):
+    run = _cached_vjp(implementation, num_ranks, num_ranks * 2, None, 4)
+    plan, arguments = vjp_case(0, routing, num_ranks, 2, None, 4, np.float32)
+    check_vjp(run(*arguments), plan, arguments)
+
+
+_cached_vjp = functools.cache(vjp_program)
+
+
+@both
+@pytest.mark.parametrize(("num_ranks", "capacity", "alignment"), [(2, 9, 1), (8, 16, 8), (4, 0, 1)])
+def test_overflow(implementation, num_ranks, capacity, alignment):
+    run = _cached_vjp(implementation, num_ranks, num_ranks * 2, capacity, alignment)
+    for seed, routing in enumerate((routings.one_rank, routings.skewed, routings.masked)):
+        plan, arguments = vjp_case(seed, routing, num_ranks, 2, capacity, alignment, np.float32)
+        check_vjp(run(*arguments), plan, arguments)
+
+
+@both
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_types(implementation, dtype, weighted):
+    run = _cached_vjp(implementation, 4, 8, None, 1, weighted)
+    plan, arguments = vjp_case(0, routings.masked, 4, 2, None, 1, jnp.dtype(dtype))
+    check_vjp(run(*arguments), plan, arguments, weighted)
+
+
+@both
+def test_float64(implementation):
+    with jax.enable_x64(True):
+        run = vjp_program(implementation, 4, 8, None, 1)
+        plan, arguments = vjp_case(0, routings.masked, 4, 2, None, 1, np.float64, d=5)
+        ids, x, y, weights, *gs = arguments
+        arguments = ids, x, y, weights.astype(np.float64), *gs
+        check_vjp(run(*arguments), plan, arguments)
+
+
+@both
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_weights_of_a_narrow_type_keep_it(implementation, check_vma):
+    run = vjp_program(implementation, 4, 8, None, 1, check_vma=check_vma)
+    plan, arguments = vjp_case(0, routings.distinct, 4, 2, None, 1, jnp.bfloat16, d=8)
+    ids, x, y, weights, *gs = arguments
+    weights = weights.astype(jnp.bfloat16)
+    dx, dy, dweights = run(ids, x, y, weights, *gs)
+    assert dweights.dtype == jnp.bfloat16
+    want_y, want_w = oracle.combine_gradient(gs[1], y, weights, plan)
+    assert_same_bits(dy, want_y)
+    np.testing.assert_allclose(np.asarray(dweights, np.float64), want_w, rtol=2**-7, atol=0.05)
+
+
+@both
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_a_layer_equals_its_dense_formulation(implementation, num_ranks, check_vma):
+    """x, router weights and expert parameters of a small MoE, forward and backward."""
+    rng = np.random.default_rng(0)
+    local, tokens, k, d = 2, 6, 2, 4
+    experts = num_ranks * local
+    ids = routings.distinct(rng, num_ranks, tokens, k, experts)
+    x = rng.standard_normal((num_ranks, tokens, d)).astype("f4")
+    logits = rng.standard_normal(ids.shape).astype("f4")
+    params = rng.standard_normal((num_ranks, local, d, d)).astype("f4")
+    capacity = oracle.dropless(tokens, k, experts, num_ranks, 4)
+
+    def layer(params, x, logits, ids):
+        plan = jf.make_plan(
+            ids,
+            axis_name="expert",
+            num_experts=experts,
+            alignment=4,
+            implementation=implementation,
+        )
+        rows = jf.dispatch(x, plan)
+        ends = jnp.cumsum(plan.group_sizes)
+        expert = jnp.searchsorted(ends, jnp.arange(capacity), side="right")
+        y = jnp.tanh(jnp.einsum("cd,cde->ce", rows, params[jnp.minimum(expert, local - 1)]))
+        return jf.combine(y, jax.nn.softmax(logits), plan)
+
+    run = per_rank(layer, num_ranks, check_vma=check_vma)
+
+    def sharded_loss(params, x, logits):
+        return jnp.sum(jnp.sin(run(params, x, logits, ids)))
+
+    def dense_loss(params, x, logits):
+        each = jnp.tanh(jnp.einsum("rtd,xde->rtxe", x, params.reshape(experts, d, d)))
+        chosen = jnp.take_along_axis(each, jnp.asarray(ids)[..., None], axis=2)
+        return jnp.sum(jnp.sin(jnp.einsum("rtk,rtkd->rtd", jax.nn.softmax(logits), chosen)))
+
+    got = jax.jit(jax.value_and_grad(sharded_loss, argnums=(0, 1, 2)))(params, x, logits)
+    want = jax.jit(jax.value_and_grad(dense_loss, argnums=(0, 1, 2)))(params, x, logits)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want
+    )
+
+
+@both
+def test_gradients_by_finite_differences(implementation):
+    from jax.test_util import check_grads
+
+    ids = routings.masked(np.random.default_rng(0), 2, 3, 2, 4)
+    with jax.enable_x64(True):
+
+        def layer(ids, x, weights):
+            plan = jf.make_plan(
+                ids, axis_name="expert", num_experts=4, implementation=implementation
+            )
+            return jf.combine(jnp.sin(jf.dispatch(x, plan)), weights, plan)
+
+        run = per_rank(layer, 2)
+        rng = np.random.default_rng(1)
+        x, weights = rng.standard_normal((2, 3, 2)), rng.standard_normal((2, 3, 2))
+        check_grads(functools.partial(run, ids), (x, weights), order=1, modes=["rev"])
+
+
+@both
+def test_integer_leaves_of_a_payload_have_no_gradient(implementation):
+    ids = routings.distinct(np.random.default_rng(0), 4, 6, 2, 8)
+    plan = oracle.make_plan(ids, 8)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((4, 6, 3)).astype("f4")
+    adapter = rng.integers(0, 5, (4, 6), np.int32)
+    scale = rng.standard_normal(plan.capacity).astype("f4")
+
+    def loss(x, ids, adapter):
+        made = jf.make_plan(ids, axis_name="expert", num_experts=8, implementation=implementation)
+        rows = jf.dispatch({"x": x, "adapter": adapter}, made)
+        value = (rows["x"] * scale[:, None] * rows["adapter"][:, None]).sum()
+        return value
+
+    grad = per_rank(jax.grad(loss), 4)(x, ids, adapter)
+    g = scale[None, :, None] * oracle.dispatch(adapter, plan)[..., None] * np.ones(3, "f4")
+    assert_same_bits(grad, oracle.dispatch_gradient(g.astype("f4"), plan, np.dtype("f4")))
+
+
+@both
+def test_a_plan_serves_a_second_use_in_backward(implementation):
+    """One plan for two layers: both gradients are right, and the plan is made once."""
+    rng = np.random.default_rng(0)
+    ids = routings.distinct(rng, 4, 6, 2, 8)
+    x = rng.standard_normal((4, 6, 5)).astype("f4")
+    weights = rng.random(ids.shape).astype("f4")
+
+    def layer(x, weights, ids, passes):
+        plan = jf.make_plan(ids, axis_name="expert", num_experts=8, implementation=implementation)
+        for _ in range(passes):
+            x = jf.combine(jnp.sin(jf.dispatch(x, plan)), weights, plan)
+        return x
+
+    def dense(x, weights, passes):
+        for _ in range(passes):
+            x = jnp.sin(x) * weights.sum(-1, keepdims=True)
+        return x
+
+    twice = per_rank(functools.partial(layer, passes=2), 4)
+    got = jax.grad(lambda x, w: jnp.sum(twice(x, w, ids) ** 2), (0, 1))(x, weights)
+    want = jax.grad(lambda x, w: jnp.sum(dense(x, w, 2) ** 2), (0, 1))(x, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
