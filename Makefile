@@ -9,12 +9,11 @@ TRAIN_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
-NATIVE := $(shell find xla_ffi CMakeLists.txt -name '*.h' -o -name '*.cc' -o -name CMakeLists.txt)
+NATIVE := $(shell find CMakeLists.txt xla_ffi -name '*.h' -o -name '*.cc' -o -name CMakeLists.txt)
 NATIVE_TESTS := $(shell find tests/native -type f)
 FORMATTED := $(filter %.h %.cc,$(NATIVE) $(NATIVE_TESTS))
-SANITIZERS := none address thread
 
-.PHONY: help test native pytest train bench lint format types bazel wheel clean
+.PHONY: help test native pytest levanter train bench lint format types bazel wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the rules
@@ -41,11 +40,13 @@ $(VENV)/.extra-%: pyproject.toml $(VENV)/.package
 
 test: native pytest  ## set up, then run every native and Python test
 
-native: $(SANITIZERS:%=native-%)  ## C++ tests: plain, with address + undefined-behaviour, with thread sanitizer
+native: native-plain native-address native-thread  ## C++ tests: plain, then under the sanitizers
 
+native-address: SANITIZE := address,undefined
+native-thread: SANITIZE := thread
 native-%: $(VENV)/.group-native
 	$(BIN)/cmake -S . -B _skbuild/native-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DJAX_FUSCO_TESTS=ON -DJAX_FUSCO_SANITIZER=$* > /dev/null
+	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_TESTS=ON -DJAX_FUSCO_SANITIZE=$(SANITIZE) --log-level=WARNING
 	$(BIN)/cmake --build _skbuild/native-$*
 	$(BIN)/ctest --test-dir _skbuild/native-$* --output-on-failure
 
@@ -71,10 +72,10 @@ format: $(VENV)/.group-lint  ## let ruff and clang-format change what they can
 types: $(VENV)/.group-lint $(VENV)/.extra-test  ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bazel: $(VENV)/.group-native $(VENV)/.extra-test  ## build and test with Bazel, offline
+bazel: $(VENV)/.group-bazel $(VENV)/.extra-test  ## build and test with Bazel, offline
 	JAX_FUSCO_PYTHON=$(abspath $(BIN))/python bazel test //:all
 
-wheel: $(VENV)/.group-native  ## sdist, and a wheel built from it, into dist/
+wheel: $(VENV)/.group-release  ## sdist, and a wheel built from it, into dist/
 	$(BIN)/python -m build --quiet
 
 clean:  ## remove what the rules above made, environments included
