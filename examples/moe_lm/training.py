@@ -1,0 +1,158 @@
+"""What runs on the devices: the first state, a training step, a validation step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_lm.model import ModelConfig, Transformer
+
+TOKEN_AXES = ("data", "expert")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is trained. Weights scale the router's losses, relative to nats per byte."""
+
+    steps: int = 600
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warmup: int = 40
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.001
+    seed: int = 0
+
+
+def make_mesh(data: int, expert: int) -> Mesh:
+    """The first `data * expert` devices as a mesh `("data", "expert")`."""
+    devices = np.array(jax.devices()[: data * expert]).reshape(data, expert)
+    return Mesh(devices, TOKEN_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def make_optimizer(config: TrainConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with clipping, a linear warm-up and a cosine down to a tenth; decays matrices only."""
+    warmup = min(config.warmup, max(1, config.steps // 4))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1), config.learning_rate / 10
+    )
+    adamw = optax.adamw(
+        schedule,
+        b1=0.9,
+        b2=0.98,
+        weight_decay=config.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw), schedule
+
+
+class Trainer:
+    """The compiled steps for one model, one optimizer and one mesh.
+
+    A state is the `nnx.State` of `(model, optimizer)`: parameters, the optimizer's moments and its
+    count of steps. All of it is laid out on the mesh by the parameters' own sharding metadata:
+    experts are split over "expert", everything else is the same everywhere.
+    """
+
+    def __init__(self, model_config: ModelConfig, train_config: TrainConfig, mesh: Mesh):
+        self.model_config, self.mesh = model_config, mesh
+        self._train_config = train_config
+        self._tx, self.schedule = make_optimizer(train_config)
+        with jax.set_mesh(mesh):
+            self.graphdef, abstract = nnx.split(nnx.eval_shape(self._create))
+        shardings = nnx.get_named_sharding(abstract, mesh)
+        self.abstract_state = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        )
+        self._initial = jax.jit(lambda: nnx.state(self._create()), out_shardings=shardings)
+        self._step = jax.jit(
+            self._train_step, donate_argnums=0, out_shardings=(shardings, self._everywhere())
+        )
+        self._validate = jax.jit(self._validation_step, out_shardings=self._everywhere())
+
+    def _create(self) -> tuple[Transformer, nnx.Optimizer]:
+        model = Transformer(self.model_config, rngs=nnx.Rngs(self._train_config.seed))
+        return model, nnx.Optimizer(model, self._tx, wrt=nnx.Param)
+
+    def _everywhere(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def initial_state(self) -> nnx.State:
+        """Fresh parameters and moments; the same values on every mesh."""
+        with jax.set_mesh(self.mesh):
+            return self._initial()
+
+    def train_step(
+        self, state: nnx.State, batch: np.ndarray, key: jax.Array
+    ) -> tuple[nnx.State, dict[str, jax.Array]]:
+        """One update from `batch[B, context + 1]`; `state` is given up. Returns before it is done.
+
+        `key` (uint32, from `jax.random.key_data`) is the run's; each step folds its number in.
+        """
+        with jax.set_mesh(self.mesh):
+            return self._step(state, self._put(batch), key)
+
+    def validation_loss(self, state: nnx.State, batches: list[np.ndarray]) -> float:
+        """Mean loss over `batches`, nats per byte."""
+        with jax.set_mesh(self.mesh):
+            losses = [float(self._validate(state, self._put(batch))) for batch in batches]
+        return float(np.mean(losses))
+
+    def _put(self, batch: np.ndarray) -> jax.Array:
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES)))
+
+    def _train_step(
+        self, state: nnx.State, batch: jax.Array, key: jax.Array
+    ) -> tuple[nnx.State, dict[str, jax.Array]]:
+        model, optimizer = nnx.merge(self.graphdef, state)
+        config = self._train_config
+        step = optimizer.step[...]
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+        dropout_key = step_key if self.model_config.dropout else None
+
+        def objective(model: Transformer) -> tuple[jax.Array, dict[str, jax.Array]]:
+            loss, layers = _loss(model, batch, dropout_key)
+            stats = _router_stats(layers, batch)
+            router = (
+                config.balance_weight * stats["balance_loss"] + config.z_weight * stats["z_loss"]
+            )
+            return loss + router, {"loss": loss, **stats}
+
+        grads, stats = nnx.grad(objective, has_aux=True)(model)
+        stats["grad_norm"] = optax.global_norm(grads)
+        stats["learning_rate"] = self.schedule(step)
+        optimizer.update(model, grads)
+        return nnx.state((model, optimizer)), stats
+
+    def _validation_step(self, state: nnx.State, batch: jax.Array) -> jax.Array:
+        model, _ = nnx.merge(self.graphdef, state)
+        return _loss(model, batch, None)[0]
+
+
+def _loss(
+    model: Transformer, batch: jax.Array, dropout_key: jax.Array | None
+) -> tuple[jax.Array, list[Any]]:
+    tokens = batch.astype(jnp.int32)
+    logits, layers = model(tokens[:, :-1], dropout_key)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return losses.mean(), layers
+
+
+def _router_stats(layers: list[Any], batch: jax.Array) -> dict[str, jax.Array]:
+    """Means over the layers, and `expert_tokens[layers, experts]`, `dropped` as a share."""
+    expert_tokens = jnp.stack([m.tokens_per_expert for m in layers])
+    assignments = jnp.maximum(1, expert_tokens.sum())
+    return {
+        "balance_loss": jnp.stack([m.load_balance_loss for m in layers]).mean(),
+        "z_loss": jnp.stack([m.router_z_loss for m in layers]).mean(),
+        "dropped": jnp.stack([m.dropped for m in layers]).sum() / assignments,
+        "expert_tokens": expert_tokens,
+    }
