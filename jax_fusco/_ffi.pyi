@@ -1,0 +1,33 @@
+from types import CapsuleType
+from typing import TypedDict
+
+class Handlers(TypedDict):
+    instantiate: CapsuleType
+    execute: CapsuleType
+
+class TypeRegistration(TypedDict):
+    type_id: CapsuleType
+    type_info: CapsuleType
+
+class Info(TypedDict):
+    isa: str
+    threads: int
+    timeout_s: float
+    strict: bool
+    huge_pages: bool
+
+def registrations() -> list[tuple[str, Handlers]]:
+    """The custom calls, each a target name and its handlers."""
+
+def types() -> list[tuple[str, TypeRegistration]]:
+    """The FFI types, to be registered before the custom calls."""
+
+def api_version() -> tuple[int, int]:
+    """(major, minor) of the XLA FFI headers that the module was built against."""
+
+def info() -> Info:
+    """What the engine would use now.
+
+    Raises:
+      ValueError: an environment variable makes no sense.
+    """

@@ -1,0 +1,47 @@
+// Kernels over single rows, for each instruction set.
+//
+// All instruction sets give the same bits: sums are fused multiply-adds in a fixed order, and every
+// conversion rounds to nearest even. Which NaN a NaN result is, is not fixed.
+#ifndef JAX_FUSCO_ENGINE_CPU_ROWS_H_
+#define JAX_FUSCO_ENGINE_CPU_ROWS_H_
+
+#include <cstdint>
+
+namespace jax_fusco::cpu {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };  // in ascending order of preference
+
+const char* IsaName(Isa isa);
+Isa BestIsa();
+
+// Types of rows that are summed. Sums are double where y is kF64, else float.
+enum class Float { kBf16, kF16, kF32, kF64 };
+inline constexpr int kNumFloats = 4;
+
+inline int64_t SizeOf(Float type) { return type == Float::kF64 ? 8 : type == Float::kF32 ? 4 : 2; }
+
+struct RowKernels {
+  // out[i] = round(sum over j < n, ascending from +0, of weights[j] * rows[j][i]), each step one
+  // fused multiply-add, for i < length. `weights` are of the type of the sum.
+  using SumRows = void (*)(const void* const* rows, const void* weights, int64_t n, int64_t length,
+                           void* out);
+  // dy[i] = round(weight * g[i]); *dot = <g, y>. `weight` and `dot` are of the type of the sum. The
+  // dot has 16 partial sums, element i in sum i % 16, added up as a balanced tree whose first step
+  // adds sum i + 8 to sum i.
+  using ScaleAndDot = void (*)(const void* g, const void* y, const void* weight, int64_t length,
+                               void* dy, void* dot);
+
+  SumRows sum_rows[kNumFloats][kNumFloats];           // [type of y][type of out]
+  ScaleAndDot scale_and_dot[kNumFloats][kNumFloats];  // [type of g][type of y and dy]
+
+  static const RowKernels& For(Isa isa);
+};
+
+// The tables that For chooses from. A table of another architecture is the generic one.
+const RowKernels& GenericRowKernels();
+const RowKernels& Avx2RowKernels();
+const RowKernels& Avx512RowKernels();
+
+}  // namespace jax_fusco::cpu
+
+#endif  // JAX_FUSCO_ENGINE_CPU_ROWS_H_

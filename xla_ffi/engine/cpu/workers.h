@@ -1,0 +1,53 @@
+// Library threads: helpers that share the copies of a shuffle, and threads that complete futures.
+#ifndef JAX_FUSCO_ENGINE_CPU_WORKERS_H_
+#define JAX_FUSCO_ENGINE_CPU_WORKERS_H_
+
+#include <cstdint>
+#include <functional>
+
+namespace jax_fusco::cpu {
+
+// The floating-point mode of the calling thread (rounding, subnormals). XLA's threads flush
+// subnormals to zero, ours do not: rows are summed in the default mode everywhere, and a thread
+// that runs the rest of a program for XLA does so in the mode that program began with.
+class FpMode {
+ public:
+  static FpMode Current();
+  static FpMode Default();
+  void Apply() const;
+
+ private:
+  uint64_t bits_ = 0;
+};
+
+// Applies a mode for the life of the object.
+class ScopedFpMode {
+ public:
+  explicit ScopedFpMode(FpMode mode) : saved_(FpMode::Current()) { mode.Apply(); }
+  ~ScopedFpMode() { saved_.Apply(); }
+  ScopedFpMode(const ScopedFpMode&) = delete;
+  ScopedFpMode& operator=(const ScopedFpMode&) = delete;
+
+ private:
+  FpMode saved_;
+};
+
+class Workers {
+ public:
+  // Cores that this process may run on.
+  static int Cores();
+
+  // Calls `chunk(i)` for every i in [0, num_chunks) on the calling thread and at most `threads` - 1
+  // helpers, each in the default floating-point mode, and returns when all have ended. Chunks are
+  // claimed in ascending order.
+  static void ParallelFor(int threads, int64_t num_chunks,
+                          const std::function<void(int64_t)>& chunk);
+
+  // Runs `task` on a library thread that runs nothing else until the task has ended: completing a
+  // future runs the rest of a device's program, which may block on its peers.
+  static void RunOnOwnThread(std::function<void()> task);
+};
+
+}  // namespace jax_fusco::cpu
+
+#endif  // JAX_FUSCO_ENGINE_CPU_WORKERS_H_
