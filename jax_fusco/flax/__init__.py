@@ -1,0 +1,25 @@
+"""Mixture-of-Experts for Flax NNX: the block, its routers, and converters of its parameters."""
+
+from jax_fusco.flax.metrics import MoEMetrics
+from jax_fusco.flax.moe import MoE
+from jax_fusco.flax.router import (
+    BalanceBias,
+    Router,
+    Routing,
+    SigmoidRouter,
+    SoftmaxRouter,
+    TopKSoftmaxRouter,
+    update_balance_bias,
+)
+
+__all__ = [
+    "BalanceBias",
+    "MoE",
+    "MoEMetrics",
+    "Router",
+    "Routing",
+    "SigmoidRouter",
+    "SoftmaxRouter",
+    "TopKSoftmaxRouter",
+    "update_balance_bias",
+]
