@@ -46,9 +46,10 @@ def random_bytes(rng, shape, dtype):
     size = (*shape[:-1], shape[-1] * dtype.itemsize) if shape else (dtype.itemsize,)
     values = np.frombuffer(rng.bytes(int(np.prod(size))), dtype).reshape(shape).copy()
     if dtype.kind not in "iu":
-        part = values.view(np.float32).reshape(*shape, -1) if dtype.kind == "c" else values
-        bad = ~np.isfinite(part.astype(np.float64))
-        values[bad.any(axis=-1) if dtype.kind == "c" else bad] = 1
+        part = values.view(np.float32) if dtype.kind == "c" else values
+        with np.errstate(invalid="ignore"):
+            bad = ~np.isfinite(part.astype(np.float64))
+        part[bad] = 1
     return values
 
 

@@ -14,9 +14,15 @@ from helpers import assert_same_bits, both, per_rank
 import jax_fusco as jf
 
 FIELDS = ("group_sizes", "expert_counts", "slot", "num_dropped", "num_invalid")
-RANKS = (1, 2, 4, 8, 16)
-# (alignment, capacity): None is dropless, a number is rows for each of a rank's experts.
-LAYOUTS = ((1, None), (8, None), (128, None), (1, 4), (8, 16), (3, 7), (1, 0))
+# (ranks, alignment, capacity): None is dropless, a number is rows for each of a rank's experts.
+LAYOUTS = (
+    *((4, *layout) for layout in ((1, None), (8, None), (128, None), (1, 4), (3, 7), (1, 0))),
+    *((1, *layout) for layout in ((8, None), (1, 4))),
+    *((2, *layout) for layout in ((1, None), (8, 12))),
+    *((8, *layout) for layout in ((128, None), (8, 16))),
+    *((16, *layout) for layout in ((1, None), (3, 7))),
+)
+layouts = pytest.mark.parametrize(("num_ranks", "alignment", "rows_per_expert"), LAYOUTS)
 
 
 @functools.cache
@@ -69,8 +75,7 @@ def check(implementation, ids, num_experts, capacity=None, alignment=1, *, d=5, 
 
 @both
 @pytest.mark.parametrize("routing", routings.ALL, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("alignment", "rows_per_expert"), LAYOUTS)
-@pytest.mark.parametrize("num_ranks", RANKS)
+@layouts
 def test_every_routing(implementation, num_ranks, alignment, rows_per_expert, routing):
     local, tokens, k = 2, 6, 3
     capacity = None if rows_per_expert is None else rows_per_expert * local
@@ -99,14 +104,13 @@ def test_every_shape(implementation, num_ranks, tokens, k, local):
 
 
 @both
-@pytest.mark.parametrize("d", [0, 1, 2, 3, 7, 16, 63, 64, 65, 2880])
+@pytest.mark.parametrize("d", [0, 1, 3, 65, 2880])
 def test_every_row_length(implementation, d):
     ids = routings.distinct(np.random.default_rng(d), 4, 5, 2, 8)
     check(implementation, ids, 8, d=d)
 
 
-@pytest.mark.parametrize(("alignment", "rows_per_expert"), LAYOUTS)
-@pytest.mark.parametrize("num_ranks", RANKS)
+@layouts
 def test_fused_equals_xla_in_every_leaf(num_ranks, alignment, rows_per_expert):
     local, tokens, k = 2, 6, 3
     capacity = None if rows_per_expert is None else rows_per_expert * local
@@ -228,5 +232,5 @@ def test_one_plan_for_two_payloads_and_two_plans_interleaved(implementation):
 @both
 def test_token_counts_that_shrink_between_steps(implementation):
     rng = np.random.default_rng(0)
-    for tokens in (9, 5, 2, 1, 0, 3, 9):
+    for tokens in (9, 2, 0, 9):
         check(implementation, routings.distinct(rng, 2, tokens, 2, 4), 4)

@@ -1,0 +1,303 @@
+// Times the engine against the machine's own limits, without XLA. Not a test; run by hand:
+//   bench_engine [repeats]
+// Every quantity is timed in turn with the others, so that a busy neighbour hurts all alike, and the
+// median over the repeats is printed. Destinations are fresh memory each time, as XLA's results are.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "xla_ffi/engine/cpu/memory.h"
+#include "xla_ffi/engine/cpu/settings.h"
+#include "xla_ffi/engine/cpu/shuffle.h"
+#include "xla_ffi/engine/cpu/workers.h"
+
+namespace jax_fusco::cpu {
+namespace {
+
+// Memory straight from the system.
+class Fresh {
+ public:
+  explicit Fresh(int64_t bytes) : bytes_(static_cast<size_t>(std::max<int64_t>(bytes, 4096))) {
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data_ == MAP_FAILED) std::abort();
+  }
+  Fresh(Fresh&& other) noexcept : bytes_(other.bytes_), data_(other.data_) {
+    other.data_ = nullptr;
+  }
+  ~Fresh() {
+    if (data_ != nullptr) munmap(data_, bytes_);
+  }
+  char* get() const { return static_cast<char*>(data_); }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
+// Memory that has been in use, on huge pages.
+Fresh Warm(int64_t bytes) {
+  Fresh memory(bytes);
+  AdviseHugePages(memory.get(), bytes);
+  auto* values = reinterpret_cast<uint16_t*>(memory.get());
+  for (int64_t i = 0; i < bytes / 2; ++i) values[i] = static_cast<uint16_t>(0x3f80 + i % 128);
+  return memory;
+}
+
+double Milliseconds(const std::function<void()>& body) {
+  const auto start = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+      .count();
+}
+
+struct Shape {
+  const char* name;
+  int64_t ranks, tokens, d, experts, k;
+  bool exact;  // buffers without a tail
+};
+
+class Bench {
+ public:
+  explicit Bench(const Shape& shape) : shape_(shape) {
+    if (!Settings::Read(&settings_).ok()) std::abort();
+    row_ = shape.d * 2;
+    MakePlan();
+    for (int64_t r = 0; r < shape.ranks; ++r) {
+      x_.push_back(Warm(shape.tokens * row_));
+      y_.push_back(Warm(used_[static_cast<size_t>(r)] * row_));
+    }
+    total_ = std::accumulate(used_.begin(), used_.end(), int64_t{0}) * row_;
+    source_ = std::make_unique<Fresh>(Warm(total_));
+  }
+
+  void Run(int repeats) {
+    const std::vector<std::pair<std::string, std::function<double()>>> cases = {
+        {"copy", [&] { return Copy(); }},
+        {"dispatch", [&] { return Dispatch(); }},
+        {"read", [&] { return Read(); }},
+        {"combine", [&] { return Combine(); }},
+        {"scale", [&] { return Weighted(); }},
+        {"plan", [&] { return Plan(); }},
+    };
+    std::map<std::string, std::vector<double>> times;
+    for (int i = 0; i < repeats; ++i) {
+      for (const auto& [name, body] : cases) times[name].push_back(body());
+    }
+    for (auto& [name, list] : times) std::sort(list.begin(), list.end());
+    std::printf("%s, %.0f MB\n", shape_.name, static_cast<double>(total_) / 1e6);
+    for (const auto& [label, at] : {std::pair<const char*, size_t>{"median", repeats / 2},
+                                    std::pair<const char*, size_t>{"best", 0}}) {
+      std::printf("  %-6s", label);
+      for (const auto& [name, body] : cases) std::printf("  %s %.2f", name.c_str(), times[name][at]);
+      std::printf(" ms | copy/dispatch %.2f  read/combine %.2f  plan %.1f%%\n",
+                  times["copy"][at] / times["dispatch"][at],
+                  times["read"][at] / times["combine"][at],
+                  100 * times["plan"][at] / times["dispatch"][at]);
+    }
+    std::fflush(stdout);
+  }
+
+ private:
+  void MakePlan() {
+    std::mt19937 random(7);
+    const int64_t a = shape_.tokens * shape_.k;
+    for (int64_t r = 0; r < shape_.ranks; ++r) {
+      std::vector<int32_t> ids;
+      std::vector<int32_t> experts(static_cast<size_t>(shape_.experts));
+      std::iota(experts.begin(), experts.end(), 0);
+      for (int64_t t = 0; t < shape_.tokens; ++t) {
+        for (int64_t j = 0; j < shape_.k; ++j) {
+          const auto other = static_cast<size_t>(j + random() % (shape_.experts - j));
+          std::swap(experts[static_cast<size_t>(j)], experts[other]);
+          ids.push_back(experts[static_cast<size_t>(j)]);
+        }
+      }
+      ids_.push_back(ids);
+    }
+    const int64_t local = shape_.experts / shape_.ranks;
+    capacity_ = shape_.ranks * shape_.tokens * std::min(shape_.k, local);
+    for (int64_t r = 0; r < shape_.ranks; ++r) {
+      ints_.emplace_back(2 * local + 2 * a + 2 * capacity_ + 2);
+    }
+    Plan();
+    for (int64_t r = 0; r < shape_.ranks; ++r) {
+      const int32_t* sizes = ints_[static_cast<size_t>(r)].data();
+      used_.push_back(std::accumulate(sizes, sizes + local, int64_t{0}));
+    }
+  }
+
+  PlanResults ResultsOf(int64_t r) {
+    const int64_t local = shape_.experts / shape_.ranks;
+    const int64_t a = shape_.tokens * shape_.k;
+    int32_t* at = ints_[static_cast<size_t>(r)].data();
+    return {at,
+            at + local,
+            at + 2 * local,
+            at + 2 * local + a,
+            at + 2 * local + 2 * a,
+            at + 2 * local + 2 * a + capacity_,
+            at + 2 * local + 2 * a + 2 * capacity_,
+            at + 2 * local + 2 * a + 2 * capacity_ + 1};
+  }
+
+  template <typename J>
+  double Time(std::vector<J>& jobs) {
+    std::vector<const Job*> ranks;
+    for (const J& job : jobs) ranks.push_back(&job);
+    return Milliseconds([&] {
+      const Status status = jobs.back().Run(ranks, settings_);
+      if (!status.ok()) {
+        std::fprintf(stderr, "%s\n", status.message.c_str());
+        std::abort();
+      }
+    });
+  }
+
+  double Plan() {
+    std::vector<PlanJob> jobs(static_cast<size_t>(shape_.ranks));
+    for (int64_t r = 0; r < shape_.ranks; ++r) {
+      PlanJob& job = jobs[static_cast<size_t>(r)];
+      job.shape = {shape_.ranks, shape_.tokens, shape_.k, shape_.experts, capacity_, 1};
+      job.expert_ids = ids_[static_cast<size_t>(r)].data();
+      job.results = ResultsOf(r);
+    }
+    return Time(jobs);
+  }
+
+  double Dispatch() {
+    std::vector<Fresh> out;
+    std::vector<GatherRowsJob> jobs(static_cast<size_t>(shape_.ranks));
+    for (int64_t r = 0; r < shape_.ranks; ++r) {
+      GatherRowsJob& job = jobs[static_cast<size_t>(r)];
+      const int64_t rows = shape_.exact ? used_[static_cast<size_t>(r)] : capacity_;
+      out.emplace_back(rows * row_);
+      job.num_rows = rows;
+      job.source_rank = ResultsOf(r).source_rank;
+      job.source = ResultsOf(r).source;
+      job.fanout = shape_.k;
+      job.in = {{x_[static_cast<size_t>(r)].get(), shape_.tokens, row_}};
+      job.out = {{out.back().get(), rows, row_}};
+    }
+    return Time(jobs);
+  }
+
+  double Combine() {
+    std::vector<Fresh> out;
+    std::vector<float> weights(static_cast<size_t>(shape_.tokens * shape_.k), 0.125f);
+    std::vector<ReduceRowsJob> jobs(static_cast<size_t>(shape_.ranks));
+    for (int64_t r = 0; r < shape_.ranks; ++r) {
+      ReduceRowsJob& job = jobs[static_cast<size_t>(r)];
+      out.emplace_back(shape_.tokens * row_);
+      job.tokens = shape_.tokens;
+      job.k = shape_.k;
+      job.slot_rank = ResultsOf(r).slot_rank;
+      job.slot = ResultsOf(r).slot;
+      job.length = shape_.d;
+      job.y_type = job.out_type = Float::kBf16;
+      job.y = {y_[static_cast<size_t>(r)].get(), used_[static_cast<size_t>(r)], row_};
+      job.weights = weights.data();
+      job.out = {out.back().get(), shape_.tokens, row_};
+    }
+    return Time(jobs);
+  }
+
+  double Weighted() {
+    std::vector<Fresh> out, dots;
+    std::vector<float> weights(static_cast<size_t>(shape_.tokens * shape_.k), 0.125f);
+    std::vector<GatherRowsWeightedJob> jobs(static_cast<size_t>(shape_.ranks));
+    for (int64_t r = 0; r < shape_.ranks; ++r) {
+      GatherRowsWeightedJob& job = jobs[static_cast<size_t>(r)];
+      const int64_t rows = used_[static_cast<size_t>(r)];
+      out.emplace_back(rows * row_);
+      dots.emplace_back(rows * 4);
+      job.num_rows = rows;
+      job.source_rank = ResultsOf(r).source_rank;
+      job.source = ResultsOf(r).source;
+      job.k = shape_.k;
+      job.length = shape_.d;
+      job.g_type = job.y_type = Float::kBf16;
+      job.g = {x_[static_cast<size_t>(r)].get(), shape_.tokens, row_};
+      job.weights = weights.data();
+      job.y = {y_[static_cast<size_t>(r)].get(), rows, row_};
+      job.dy = {out.back().get(), rows, row_};
+      job.dots = dots.back().get();
+    }
+    return Time(jobs);
+  }
+
+  // The limit of a dispatch: as many bytes from one place to fresh memory on huge pages, by all
+  // threads. Large memcpys and small ones store differently: the faster counts.
+  double Copy() { return std::min(CopyIn(2 << 20), CopyIn((total_ + 1) / settings_.threads)); }
+
+  double CopyIn(int64_t chunk) {
+    Fresh out(total_);
+    return Milliseconds([&] {
+      AdviseHugePages(out.get(), total_);
+      Workers::ParallelFor(settings_.threads, (total_ + chunk - 1) / chunk, [&](int64_t i) {
+        std::memcpy(out.get() + i * chunk, source_->get() + i * chunk,
+                    static_cast<size_t>(std::min(chunk, total_ - i * chunk)));
+      });
+    });
+  }
+
+  // The limit of a combine: y read once from end to end, and the result written.
+  double Read() {
+    constexpr int64_t kChunk = 2 << 20;
+    const int64_t written = shape_.ranks * shape_.tokens * row_;
+    Fresh out(written);
+    const int64_t chunks = (total_ + kChunk - 1) / kChunk;
+    return Milliseconds([&] {
+      AdviseHugePages(out.get(), written);
+      Workers::ParallelFor(settings_.threads, chunks, [&](int64_t i) {
+        const int64_t end = std::min(kChunk, total_ - i * kChunk);
+        const auto* from = reinterpret_cast<const uint64_t*>(source_->get() + i * kChunk);
+        uint64_t bits[8] = {};
+        for (int64_t at = 0; at + 8 <= end / 8; at += 8) {
+          for (int64_t lane = 0; lane < 8; ++lane) bits[lane] ^= from[at + lane];
+        }
+        const int64_t first = written * i / chunks / 64 * 64;
+        const int64_t last = written * (i + 1) / chunks / 64 * 64;
+        std::memset(out.get() + first, static_cast<int>(bits[0] | 1),
+                    static_cast<size_t>(last - first));
+        for (uint64_t lane : bits) sink_ = sink_ ^ lane;
+      });
+    });
+  }
+
+  Shape shape_;
+  Settings settings_;
+  int64_t row_ = 0;
+  int64_t capacity_ = 0;
+  int64_t total_ = 0;
+  std::vector<std::vector<int32_t>> ids_, ints_;
+  std::vector<int64_t> used_;
+  std::vector<Fresh> x_, y_;
+  std::unique_ptr<Fresh> source_;
+  volatile uint64_t sink_ = 0;
+};
+
+}  // namespace
+}  // namespace jax_fusco::cpu
+
+int main(int argc, char** argv) {
+  const int repeats = argc > 1 ? std::atoi(argv[1]) : 15;
+  using jax_fusco::cpu::Shape;
+  for (const Shape& shape : {Shape{"Qwen3-30B-A3B 4r", 4, 2048, 2048, 128, 8, false},
+                             Shape{"Qwen3 4r, exact", 4, 2048, 2048, 128, 8, true},
+                             Shape{"DeepSeek-V3 4r", 4, 512, 7168, 256, 8, false},
+                             Shape{"Qwen3-30B-A3B 8r", 8, 1024, 2048, 128, 8, false}}) {
+    jax_fusco::cpu::Bench(shape).Run(repeats);
+  }
+  return 0;
+}
