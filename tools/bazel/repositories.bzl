@@ -48,8 +48,9 @@ package(default_visibility = ["//visibility:public"])
         name = name,
         hdrs = glob([name + "/**/*.h"]),
         includes = [name],
+        deps = deps,
     )
-    for name in ["python", "jaxlib", "pybind11"]
+    for name, deps in {"python": [], "jaxlib": [], "pybind11": [":python"]}.items()
 ]
 
 # nanobind ships its library as sources: one file includes all the others.
