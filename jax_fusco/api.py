@@ -203,7 +203,8 @@ def ragged_all_to_all(
 
     K is a multiple of the number of ranks R, and slice i goes to rank `i // (K // R)`: rows
     `operand[input_offsets[i] : + send_sizes[i]]` to row `output_offsets[i]` of that rank's result.
-    The rest of the result is `output`. Received slices must not overlap.
+    The rest of the result is `output`. Slices must not overlap, neither in a result nor, for gradients, in
+    `operand` (as for `jax.lax`, the cotangent of a row that is sent twice is that of one copy).
 
     Args:
       operand: rows to send.

@@ -98,7 +98,8 @@ def plan(
     # Where my buffer's rows come from: the cell that holds row c is the last that begins at or
     # before c.
     row = jnp.arange(capacity, dtype=jnp.int32)
-    cell = jnp.searchsorted(begin[rank].reshape(-1), row, side="right").astype(jnp.int32) - 1
+    begins = jnp.zeros(capacity, jnp.int32).at[begin[rank].reshape(-1)].add(1, mode="drop")
+    cell = jnp.cumsum(begins, dtype=jnp.int32) - 1
     local, source_rank = cell // ranks, cell % ranks
     in_cell = row - begin[rank].reshape(-1)[cell]
     filled = in_cell < kept[rank].reshape(-1)[cell]
