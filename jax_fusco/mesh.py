@@ -107,11 +107,14 @@ def is_mesh_axis(axis: Axis) -> bool:
 
 
 def free_axes() -> tuple[str, ...]:
-    """Mesh axes that the enclosing shard_map left to the compiler, those of size 1 left out."""
+    """Mesh axes that the enclosing shard_map left to the compiler, if any is larger than 1.
+
+    All of them, those of size 1 included: XLA of jaxlib 0.12 refuses manual axes that are neither
+    the whole mesh nor in its order.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.manual_axes:
-        return ()
-    return tuple(n for n in mesh.axis_names if n not in mesh.manual_axes and mesh.shape[n] > 1)
+    free = tuple(n for n in mesh.axis_names if n not in mesh.manual_axes)
+    return free if mesh.manual_axes and any(mesh.shape[n] > 1 for n in free) else ()
 
 
 def platform() -> str | None:
@@ -145,5 +148,9 @@ def struct(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.Shap
     """Shape and dtype of a result that varies over `axes`."""
     if not axes:
         return jax.ShapeDtypeStruct(shape, dtype)
+    # Without a sharding the struct belongs to no mesh, and no mesh has no axis to vary over.
+    sharding = jax.sharding.NamedSharding(
+        jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec()
+    )
     varying = jax.sharding.ManualAxisType(varying=axes)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=varying)
