@@ -335,4 +335,10 @@ def _why_not(name: str, axis: Axis) -> str | None:
         return "need a mesh axis of jax.shard_map for 'fused', use 'xla' under jax.vmap"
     if mesh.platform() not in (None, "cpu"):
         return f"need CPU devices for 'fused' (the mesh is on {mesh.platform()}), use 'xla'"
+    # A group that reaches into other processes is only seen here where it must; else it times out.
+    if axis.size > jax.local_device_count(backend="cpu"):
+        return (
+            f"need all {axis.size} ranks of a group in one process for 'fused' "
+            f"(this one has {jax.local_device_count(backend='cpu')} devices), use 'xla'"
+        )
     return None
