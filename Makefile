@@ -7,6 +7,7 @@ JAX ?= jax
 PYTEST_ARGS ?=
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
+QUIET ?= -qq
 
 BIN := $(VENV)/bin
 NATIVE := $(shell find CMakeLists.txt xla_ffi -name '*.h' -o -name '*.cc' -o -name CMakeLists.txt)
@@ -22,20 +23,21 @@ help:  ## list the rules
 # The package is built once, in isolation, and again when C++ or the build changes; Python edits need nothing.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install $(QUIET) --upgrade "pip>=25.1"
 
 $(VENV)/.package: pyproject.toml $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "$(JAX)" --editable .
+	@echo "Building and installing jax_fusco into $(VENV): a minute or two"
+	$(BIN)/python -m pip install $(QUIET) "$(JAX)" --editable .
 	@touch $@
 
 # Tools (pyproject's dependency groups) need no built package.
 $(VENV)/.group-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --group $*
+	$(BIN)/python -m pip install $(QUIET) --group $*
 	@touch $@
 
 # Extras go on top of the installed package, so that asking for one builds nothing again.
 $(VENV)/.extra-%: pyproject.toml $(VENV)/.package
-	$(BIN)/python -m pip install --quiet "$(JAX)" "jax-fusco[$*]"
+	$(BIN)/python -m pip install $(QUIET) "$(JAX)" "jax-fusco[$*]"
 	@touch $@
 
 test: native pytest  ## set up, then run every native and Python test
@@ -52,6 +54,11 @@ native-%: $(VENV)/.group-native
 
 pytest: $(VENV)/.extra-test  ## Python tests: make pytest PYTEST_ARGS='tests/unit -k plan'
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+levanter: $(VENV)/.package  ## Levanter's own MoE over jax_fusco; wants VENV=.venv-levanter and Python 3.12
+	$(BIN)/python -m pip install $(QUIET) --requirement examples/levanter_requirements.txt
+	$(BIN)/python -m pip install $(QUIET) --no-deps --requirement examples/levanter_packages.txt
+	$(BIN)/python examples/levanter_moe.py
 
 train: $(VENV)/.extra-train  ## train the example language model: make train TRAIN_ARGS='--help'
 	$(BIN)/python examples/train_moe_lm.py $(TRAIN_ARGS)
