@@ -1,5 +1,6 @@
 """Mixture-of-Experts for Flax NNX: the block, its routers, and converters of its parameters."""
 
+from jax_fusco.flax.convert import LAYOUTS, assign_params, load_params, store_params
 from jax_fusco.flax.metrics import MoEMetrics
 from jax_fusco.flax.moe import MoE
 from jax_fusco.flax.router import (
@@ -13,6 +14,7 @@ from jax_fusco.flax.router import (
 )
 
 __all__ = [
+    "LAYOUTS",
     "BalanceBias",
     "MoE",
     "MoEMetrics",
@@ -21,5 +23,8 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "TopKSoftmaxRouter",
+    "assign_params",
+    "load_params",
+    "store_params",
     "update_balance_bias",
 ]

@@ -15,7 +15,7 @@ Activation = Callable[..., jax.Array]
 def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """gpt-oss's activation: `(up + 1) * gate * sigmoid(1.702 * gate)`, both clamped at 7.
 
-    Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (arXiv 2508.10925) and its reference code.
+    Source: reference code of OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (arXiv 2508.10925).
     """
     gate = jnp.minimum(gate, 7.0)
     return (jnp.clip(up, -7.0, 7.0) + 1.0) * gate * jax.nn.sigmoid(1.702 * gate)
@@ -35,12 +35,12 @@ ACTIVATIONS: dict[str, tuple[int, Activation]] = {
 def grouped_matmul(
     rows: Float[Array, "C n"],
     kernels: Float[Array, "E_local n m"],
-    group_sizes: Int32[Array, "E_local"],
+    group_sizes: Int32[Array, " E_local"],
 ) -> Float[Array, "C m"]:
     """Each group's rows times its own kernel: the one place where the grouped matmul is chosen.
 
-    `jax.lax.ragged_dot` masks the rows past the last group, forward and in both gradients, so NaN
-    there spreads to nothing; another choice has to do the same, because `MoE` leaves them undefined.
+    `MoE` leaves the rows past the last group undefined. `jax.lax.ragged_dot` masks them, forward
+    and in both gradients, so NaN there spreads to nothing; another choice has to do the same.
     """
     return lax.ragged_dot(rows, kernels, group_sizes)
 
@@ -62,7 +62,7 @@ def _activate(hidden: jax.Array, num_projections: int, activation: Activation) -
 
 def expert_ffn(
     rows: Float[Array, "C d"],
-    group_sizes: Int32[Array, "E_local"],
+    group_sizes: Int32[Array, " E_local"],
     wi: Float[Array, "E_local d p h"],
     wo: Float[Array, "E_local h d"],
     wi_bias: Float[Array, "E_local p h"] | None = None,

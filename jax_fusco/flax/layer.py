@@ -52,7 +52,7 @@ def _logits(params: Params, x: jax.Array) -> jax.Array:
 
 
 def _once(bias: jax.Array | None, model: str | None) -> jax.Array | None:
-    """`bias` on the first rank of the `model` axis, whose partial outputs are summed, else zeros."""
+    """`bias` on the first rank of the `model` axis, zeros on others: their outputs are summed."""
     if bias is None or model is None:
         return bias
     return jnp.where(lax.axis_index(model) == 0, bias, jnp.zeros_like(bias))

@@ -30,7 +30,7 @@ class MoEMetrics:
 
     load_balance_loss: Float[Array, ""]
     router_z_loss: Float[Array, ""]
-    tokens_per_expert: Int32[Array, "E"]
+    tokens_per_expert: Int32[Array, " E"]
     dropped: Int32[Array, ""]
     invalid: Int32[Array, ""]
 

@@ -206,6 +206,11 @@ class MoE(nnx.Module):
             entries = self._param_entries()[name]
             setattr(self, name, kind(value, out_sharding=entries, **metadata))
 
+    def params(self) -> dict[str, jax.Array]:
+        """The parameters there are, and the balance bias, by attribute name."""
+        names = self._param_entries()
+        return {name: v[...] for name in names if (v := getattr(self, name)) is not None}
+
     def _sharding_metadata(self) -> dict[str, Any]:
         """Shard parameters as they are made where the mesh is known, else only name the axes."""
         if self.mesh is not None:
@@ -224,7 +229,8 @@ class MoE(nnx.Module):
         local = layout.local
         if self.num_experts % (ranks := layout.size(local.expert)):
             raise ValueError(
-                f"num_experts: got {self.num_experts}, need a multiple of the number of ranks ({ranks})"
+                f"num_experts: got {self.num_experts}, need a multiple of the number of ranks "
+                f"({ranks})"
             )
         if self.hidden_features % (shards := layout.size(local.model)):
             raise ValueError(
@@ -260,8 +266,7 @@ class MoE(nnx.Module):
                 raise ValueError(f"token_mask: got shape {token_mask.shape}, need {x.shape[:-1]}")
         layout = self._layout()
         self._check_mesh(layout)
-        entries = self._param_entries()
-        params = {n: v[...] for n in entries if (v := getattr(self, n)) is not None}
+        params = self.params()
         config = LayerConfig(
             num_experts=self.num_experts,
             top_k=self.top_k,
@@ -272,4 +277,5 @@ class MoE(nnx.Module):
             implementation=self.implementation,
             dtype=jnp.dtype(self.dtype or jnp.result_type(x, params["wi_kernel"])),
         )
-        return _apply(config, layout, tuple(entries.items()), params, x, token_mask)
+        entries = tuple(self._param_entries().items())
+        return _apply(config, layout, entries, params, x, token_mask)

@@ -49,7 +49,7 @@ class Router(Protocol):
         self,
         logits: Float[Array, "T E"],
         top_k: int,
-        balance_bias: Float[Array, "E"] | None = None,
+        balance_bias: Float[Array, " E"] | None = None,
     ) -> Routing:
         """Routes T tokens by their float32 logits."""
         ...
@@ -63,13 +63,13 @@ class BalanceBias(nnx.Variable):
 
 
 def update_balance_bias(
-    bias: Float[Array, "E"], tokens_per_expert: Int[Array, "E"], rate: float = 1e-3
-) -> Float[Array, "E"]:
+    bias: Float[Array, " E"], tokens_per_expert: Int[Array, " E"], rate: float = 1e-3
+) -> Float[Array, " E"]:
     """The next bias: up by `rate` for each expert below the mean load, down for each above it.
 
     Args:
       bias: the present bias.
-      tokens_per_expert: assignments of each expert in the last step (`MoEMetrics.tokens_per_expert`).
+      tokens_per_expert: each expert's assignments in the last step, as `MoEMetrics` has them.
       rate: size of the step.
 
     Source: Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts"

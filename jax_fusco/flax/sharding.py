@@ -88,7 +88,7 @@ def resolve(
         _check_axes(given, "token_axes", tokens)
     if clash := set(model) & {*expert, *tokens}:
         raise ValueError(
-            f"model_axis: got {min(clash)!r}, need an axis that is neither in axis_name nor in token_axes"
+            f"model_axis: got {min(clash)!r}, need an axis that axis_name and token_axes leave free"
         )
     if missing := [name for name in expert if name not in tokens]:
         raise ValueError(
@@ -129,7 +129,7 @@ def _reshard(layout: Layout, x: jax.Array, entries: Entries) -> jax.Array:
 
 
 def _token_entries(layout: Layout, x: jax.Array) -> Entries | None:
-    """How to shard the leading dimensions of `x` over the token axes; None if they do not divide."""
+    """How to shard the leading dimensions of `x` over the token axes; None if sizes forbid it."""
     axes = tuple(name for name in layout.opened if name in layout.local.tokens)
     present = _present_entries(x)
     named = [name for entry in present[:-1] for name in axis_names(entry)]
@@ -166,7 +166,7 @@ def run_sharded(
     x: jax.Array,
     mask: jax.Array | None,
 ) -> Any:
-    """`function(params, x, mask)` on every rank of the opened axes: (y like `x`, replicated rest)."""
+    """`function(params, x, mask)` on every rank of the opened axes: (y like `x`, shared values)."""
     before = jax.typeof(x).sharding
     entries = _token_entries(layout, x)
     padded = entries is None
