@@ -1,0 +1,343 @@
+"""scan, checkpoint, donation, vmap and cond around a shuffle."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import routings
+from helpers import assert_same_bits, both, make_mesh, per_rank
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jax_fusco as jf
+
+RANKS, T, K, D, EXPERTS, LAYERS = 4, 6, 2, 8, 8, 3
+
+
+def moe(x, ids, weights, scale, implementation, capacity=None):
+    plan = jf.make_plan(
+        ids,
+        axis_name="expert",
+        num_experts=EXPERTS,
+        capacity=capacity,
+        implementation=implementation,
+    )
+    rows = jf.dispatch(x, plan)
+    return jf.combine(jnp.sin(rows * scale), weights, plan)
+
+
+def arguments(layers=LAYERS, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([routings.distinct(rng, RANKS, T, K, EXPERTS) for _ in range(layers)], axis=1)
+    x = rng.standard_normal((RANKS, T, D)).astype("f4")
+    weights = rng.random(ids.shape, np.float32)
+    scale = rng.standard_normal((RANKS, layers, D)).astype("f4")
+    return x, ids, weights, scale
+
+
+def layers_in_a_scan(implementation, wrap=lambda f: f):
+    """(x, ids[L], weights[L], scale[L]) -> x after L layers, routing of each layer from its data."""
+
+    def layer(x, per_layer):
+        return x + moe(x, *per_layer, implementation), None
+
+    def run(x, ids, weights, scale):
+        return jax.lax.scan(wrap(layer), x, (ids, weights, scale))[0]
+
+    return run
+
+
+def want_layers(x, ids, weights, scale):
+    """The same layers by the oracle; scale belongs to the rank that owns the expert."""
+    for l in range(ids.shape[1]):
+        plan = oracle.make_plan(ids[:, l], EXPERTS)
+        rows = oracle.dispatch(x, plan)
+        y = np.sin(rows * scale[:, l, None])
+        x = x + oracle.combine(y.astype("f4"), weights[:, l], plan)
+    return x
+
+
+@both
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_scan_over_layers(implementation, check_vma):
+    x, ids, weights, scale = arguments()
+    got = per_rank(layers_in_a_scan(implementation), RANKS, check_vma=check_vma)(
+        x, ids, weights, scale
+    )
+    np.testing.assert_allclose(got, want_layers(x, ids, weights, scale), rtol=1e-5, atol=1e-6)
+
+
+def loss_and_gradients(implementation, wrap):
+    run = layers_in_a_scan(implementation, wrap)
+
+    def loss(x, weights, scale, ids):
+        return jnp.sum(run(x, ids, weights, scale) ** 2)
+
+    return per_rank(jax.value_and_grad(loss, argnums=(0, 1, 2)), RANKS)
+
+
+SAVE = jax.checkpoint_policies.save_only_these_names(*jf.REMAT_SAVE_NAMES)
+WRAPS = {
+    "none": lambda f: f,
+    "checkpoint": jax.checkpoint,
+    "named": functools.partial(jax.checkpoint, policy=SAVE),
+    "nothing": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
+    ),
+}
+
+
+@both
+def test_checkpoint_does_not_change_gradients(implementation):
+    x, ids, weights, scale = arguments()
+    results = {
+        name: jax.device_get(loss_and_gradients(implementation, wrap)(x, weights, scale, ids))
+        for name, wrap in WRAPS.items()
+    }
+    for name, result in results.items():
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6, err_msg=name),
+            result,
+            results["none"],
+        )
+
+    # And those are the gradients: against a loss on the oracle's values, by central differences.
+    def loss(x, weights, scale):
+        return (want_layers(x, ids, weights, scale).astype("f8") ** 2).sum(axis=(1, 2))
+
+    rng = np.random.default_rng(1)
+    value, gradients = results["none"]
+    np.testing.assert_allclose(value, loss(x, weights, scale), rtol=1e-5)
+    operands = [x, weights, scale]
+    for i, gradient in enumerate(gradients):
+        direction = rng.standard_normal(operands[i].shape).astype("f4")
+        shifted = [
+            [o + sign * 1e-3 * direction if j == i else o for j, o in enumerate(operands)]
+            for sign in (1, -1)
+        ]
+        slope = (loss(*shifted[0]).sum() - loss(*shifted[1]).sum()) / 2e-3
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=5e-3)
+
+
+def custom_calls(implementation, wrap):
+    """How often each custom call stands in the compiled program, loop bodies counted once."""
+    x, ids, weights, scale = arguments()
+    program = loss_and_gradients(implementation, wrap).lower(x, weights, scale, ids).compile()
+    return Counter(re.findall(r'custom_call_target="jax_fusco_(\w+)"', program.as_text()))
+
+
+def test_saved_names_keep_the_exchange_from_being_repeated():
+    every = {name: custom_calls("fused", wrap) for name, wrap in WRAPS.items()}
+    # Forward: plan, dispatch, combine. Backward: d combine (rows, and dots home) and d dispatch.
+    once = {"plan": 1, "gather_rows": 2, "gather_rows_weighted": 1, "reduce_rows": 2}
+    assert every["none"] == once
+    assert every["named"] == once
+    # Without the names the backward plans and dispatches once more (and combines nothing again).
+    twice = once | {"plan": 2, "gather_rows": 3}
+    assert every["checkpoint"] == twice
+    assert every["nothing"] == twice
+
+
+def test_a_layer_makes_one_call_of_each_kind():
+    def layer(x, ids, weights):
+        return moe(x, ids, weights, 1.0, "fused")
+
+    x, ids, weights, _ = arguments(1)
+    text = per_rank(layer, RANKS).lower(x, ids[:, 0], weights[:, 0]).compile().as_text()
+    calls = Counter(re.findall(r'custom_call_target="jax_fusco_(\w+)"', text))
+    assert calls == {"plan": 1, "gather_rows": 1, "reduce_rows": 1}
+    # No collective of XLA's own beside them.
+    assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
+
+
+def test_every_custom_call_name_is_ours():
+    x, ids, weights, scale = arguments()
+    lowered = loss_and_gradients("fused", WRAPS["none"]).lower(x, weights, scale, ids).as_text()
+    targets = set(re.findall(r"custom_call @(\w+)", lowered))
+    ours = {name for name in targets if name.startswith("jax_fusco_")}
+    assert ours == {f"jax_fusco_{n}" for n in custom_calls("fused", WRAPS["none"])}
+
+
+@both
+def test_donated_operands(implementation):
+    x, ids, weights, scale = arguments(1)
+
+    def local(x, ids, weights, scale):
+        return moe(x, ids[0], weights[0], scale[0], implementation)
+
+    mesh = make_mesh(RANKS)
+    plain = per_rank(local, mesh)
+    donating = jax.jit(per_rank(local, mesh, jit=False), donate_argnums=(0,))
+    want = jax.device_get(plain(x, ids, weights, scale))
+    sharding = NamedSharding(mesh, PartitionSpec("expert"))
+    state = jax.device_put(x, sharding)
+    for _ in range(5):
+        given, state = state, donating(state, ids, weights, scale)
+        assert given.is_deleted()
+        assert_same_bits(state, want)
+        want = jax.device_get(plain(want, ids, weights, scale))
+
+
+@both
+def test_a_donated_output_of_a_ragged_exchange(implementation):
+    def local(operand, output, offsets, sizes):
+        return jf.ragged_all_to_all(
+            operand,
+            output,
+            offsets,
+            sizes,
+            offsets,
+            sizes,
+            axis_name="expert",
+            implementation=implementation,
+        )
+
+    mesh = make_mesh(1)
+    run = jax.jit(per_rank(local, mesh, jit=False), donate_argnums=(1,))
+    operand = np.arange(4, dtype="f4")[None]
+    sharding = NamedSharding(mesh, PartitionSpec("expert"))
+    output = jax.device_put(-np.ones((1, 4), "f4"), sharding)
+    got = run(operand, output, np.array([[1]], "i4"), np.array([[2]], "i4"))
+    assert output.is_deleted()
+    assert_same_bits(got, np.array([[-1, 1, 2, -1]], "f4"))
+
+
+@both
+def test_vmap_works_or_says_what_to_do(implementation):
+    """A batch of independent shuffles on every rank."""
+    rng = np.random.default_rng(0)
+    batch = 3
+    ids = np.stack([routings.masked(rng, RANKS, T, K, EXPERTS) for _ in range(batch)], axis=1)
+    x = rng.standard_normal((RANKS, batch, T, D)).astype("f4")
+    weights = rng.random(ids.shape, np.float32)
+
+    def local(x, ids, weights):
+        one = functools.partial(moe, scale=jnp.ones(D), implementation=implementation)
+        return jax.vmap(lambda x, i, w: one(x, i, w))(x, ids, weights)
+
+    got = per_rank(local, RANKS)(x, ids, weights)
+    for b in range(batch):
+        plan = oracle.make_plan(ids[:, b], EXPERTS)
+        y = np.asarray(jnp.sin(oracle.dispatch(x[:, b], plan)))
+        np.testing.assert_allclose(
+            got[:, b], oracle.combine(y, weights[:, b], plan), rtol=1e-6, atol=1e-6
+        )
+
+
+@both
+def test_vmap_over_payloads_of_one_plan(implementation):
+    rng = np.random.default_rng(0)
+    ids = routings.masked(rng, RANKS, T, K, EXPERTS)
+    x = rng.standard_normal((RANKS, 2, T, D)).astype("f4")
+
+    def local(x, ids):
+        plan = jf.make_plan(
+            ids, axis_name="expert", num_experts=EXPERTS, implementation=implementation
+        )
+        return jax.vmap(lambda x: jf.combine(jf.dispatch(x, plan), None, plan))(x)
+
+    got = per_rank(local, RANKS)(x, ids)
+    plan = oracle.make_plan(ids, EXPERTS)
+    for b in range(2):
+        assert_same_bits(got[:, b], oracle.combine(oracle.dispatch(x[:, b], plan), None, plan))
+
+
+@both
+def test_vmap_axis_as_the_expert_axis(implementation):
+    """An axis of `jax.vmap` is no mesh axis: "xla" serves it, "fused" says so."""
+    rng = np.random.default_rng(0)
+    ids = routings.distinct(rng, RANKS, T, K, EXPERTS)
+    x = rng.standard_normal((RANKS, T, D)).astype("f4")
+
+    def local(x, ids):
+        plan = jf.make_plan(
+            ids, axis_name="expert", num_experts=EXPERTS, implementation=implementation
+        )
+        return jf.dispatch(x, plan)
+
+    run = jax.vmap(local, axis_name="expert")
+    if implementation == "fused":
+        with pytest.raises(ValueError, match="implementation: got 'fused', need a mesh axis"):
+            run(x, ids)
+    else:
+        assert_same_bits(run(x, ids), oracle.dispatch(x, oracle.make_plan(ids, EXPERTS)))
+
+
+@both
+def test_cond_that_all_ranks_take_alike(implementation):
+    x, ids, weights, scale = arguments(1)
+
+    def local(x, ids, weights, scale, take):
+        shuffle = functools.partial(moe, implementation=implementation)
+        return jax.lax.cond(
+            jax.lax.pmax(take, "expert") > 0,
+            lambda: shuffle(x, ids[0], weights[0], scale[0]),
+            lambda: x,
+        )
+
+    run = per_rank(local, RANKS)
+    take, leave = np.ones(RANKS, np.int32), np.zeros(RANKS, np.int32)
+    for _ in range(3):
+        assert_same_bits(run(x, ids, weights, scale, leave), x)
+        np.testing.assert_allclose(
+            run(x, ids, weights, scale, take),
+            want_layers(x, ids, weights, scale) - x,
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+@both
+def test_a_while_loop_with_a_dynamic_trip_count(implementation):
+    x, ids, weights, scale = arguments(1)
+
+    def local(x, ids, weights, scale, count):
+        shuffle = functools.partial(moe, implementation=implementation)
+        return jax.lax.fori_loop(
+            0, count, lambda _, x: x + shuffle(x, ids[0], weights[0], scale[0]), x
+        )
+
+    run = per_rank(local, RANKS)
+    for count in (0, 1, 3):
+        got = run(x, ids, weights, scale, np.full(RANKS, count, np.int32))
+        want = want_layers(
+            x, *(np.repeat(a, count, axis=1) for a in (ids, weights)), np.repeat(scale, count, 1)
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_is_a_pytree_that_leaves_and_enters_a_program():
+    x, ids, _, _ = arguments(1)
+    mesh = make_mesh(RANKS)
+
+    def make(ids):
+        return jf.make_plan(ids[0], axis_name="expert", num_experts=EXPERTS)
+
+    leaves = per_rank(lambda ids: tuple(jax.tree.leaves(make(ids))), mesh)(ids)
+
+    def use(ids, leaves, x):
+        tree = jax.tree.structure(make(ids))
+        return jf.dispatch(x, jax.tree.unflatten(tree, leaves))
+
+    want = oracle.dispatch(x, oracle.make_plan(ids[:, 0], EXPERTS))
+    assert_same_bits(per_rank(use, mesh)(ids, leaves, x), want)
+
+
+def test_profiles_show_every_stage():
+    x, ids, weights, scale = arguments(1)
+    program = loss_and_gradients("fused", WRAPS["none"]).lower(x, weights, scale, ids).compile()
+    names = re.findall(r'op_name="([^"]*)"', program.as_text())
+    for stage in (
+        "make_plan",
+        "dispatch",
+        "combine",
+        "dispatch_backward",
+        "combine_backward",
+    ):
+        assert any(f"jax_fusco.{stage}" in name for name in names), stage
