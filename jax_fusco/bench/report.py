@@ -1,0 +1,123 @@
+"""Tables for the terminal, and JSON for everything else."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jax_fusco.bench.rivals import FAMILIES, family_of
+
+MEMORY_FROM = 64 << 20
+"""Peaks are shown where inputs and outputs are at least this large; smaller ones drown in the
+process."""
+
+
+def best(timings: dict[str, Any], family: str) -> tuple[str, float] | None:
+    """The formulation of a family with the least median, and that median in ms."""
+    found = [
+        (timing["median_ms"], name) for name, timing in timings.items() if family_of(name) == family
+    ]
+    return (min(found)[1], min(found)[0]) if found else None
+
+
+def summary(case: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """For each operation: our median, times faster than each rival's best, and share of the
+    limit."""
+    rows: dict[str, dict[str, float]] = {}
+    for op, result in case["ops"].items():
+        medians = {f: found[1] for f in FAMILIES if (found := best(result["timings"], f))}
+        ours = medians["jax_fusco"]
+        row = {"ours_ms": ours}
+        for rival in ("ring", "padded", "ring/helped", "padded/helped"):
+            if rival in medians:
+                row[f"over_{rival}"] = round(medians[rival] / ours, 3)
+        if "limit" in medians:
+            row["of_limit"] = round(medians["limit"] / ours, 3)
+        peak = result["memory"].get("peak_ratio", {}).get("jax_fusco")
+        if peak is not None:
+            row["peak_over_needed"] = peak
+        rows[op] = row
+    if "plan" in rows and "dispatch" in rows:
+        rows["plan"]["of_dispatch"] = round(
+            rows["plan"]["ours_ms"] / rows["dispatch"]["ours_ms"], 4
+        )
+    return rows
+
+
+def print_case(console: Console, case: dict[str, Any], title: str) -> None:
+    """One table: a row for each operation, medians in ms and how we compare."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("ms, median")
+    for head in FAMILIES:
+        table.add_column(head, justify="right")
+    for head in ("x ring", "x padded", "of limit", "peak memory"):
+        table.add_column(head, justify="right", style="green")
+    short = summary(case)
+    for op, result in case["ops"].items():
+        cells = [op]
+        for family in FAMILIES:
+            found = best(result["timings"], family)
+            cells.append(_ms(result["timings"][found[0]]) if found else "")
+        row = short[op]
+        cells += [_number(row.get("over_ring")), _number(row.get("over_padded"))]
+        if "of_dispatch" in row:
+            cells.append(f"{100 * row['of_dispatch']:.1f} % of dispatch")
+        else:
+            cells.append(_number(row.get("of_limit")))
+        large = result["memory"].get("needed_bytes", 0) >= MEMORY_FROM
+        cells.append(_number(row.get("peak_over_needed")) if large else "")
+        table.add_row(*cells)
+    console.print(table)
+
+
+def document(cases: list[dict[str, Any]], command: str) -> dict[str, Any]:
+    """Everything that was measured, and where."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "cases": [{**case, "summary": summary(case)} for case in cases],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores and the memory, as the system names them."""
+    facts: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
+    for path, key, name in (
+        ("/proc/cpuinfo", "model name", "processor"),
+        ("/proc/meminfo", "MemTotal", "memory"),
+    ):
+        try:
+            with open(path) as file:
+                facts[name] = next(
+                    line.split(":", 1)[1].strip() for line in file if line.startswith(key)
+                )
+        except (OSError, StopIteration):
+            facts[name] = "unknown"
+    return facts
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in ("jax-fusco", "jax", "jaxlib", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _ms(timing: dict[str, Any]) -> str:
+    return f"{timing['median_ms']:.4g} ±{(timing['p75_ms'] - timing['p25_ms']) / 2:.2g}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

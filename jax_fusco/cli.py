@@ -1,0 +1,109 @@
+"""The `jax-fusco` command."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="jax-fusco", prog_name="jax-fusco")
+def main() -> None:
+    """Fused Mixture-of-Experts shuffles for JAX."""
+
+
+class _BenchCommand(click.Command):
+    """Reads the lists of names when help is asked for, so that the command line starts fast."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from jax_fusco.bench.cases import OPS
+        from jax_fusco.bench.routing import ROUTINGS
+        from jax_fusco.bench.shapes import SHAPES
+
+        for title, names in (
+            ("Shapes", [(s.name, _describe(s)) for s in SHAPES.values()]),
+            ("Routings", [(n, (f.__doc__ or "").splitlines()[0]) for n, f in ROUTINGS.items()]),
+            ("Operations", list(OPS.items())),
+        ):
+            with formatter.section(title):
+                formatter.write_dl(names)
+
+
+def _describe(shape: Any) -> str:
+    return f"{shape.features} features, top {shape.k} of {shape.experts} experts"
+
+
+@main.command(cls=_BenchCommand)
+@click.option("--shape", "shapes", multiple=True, help="A model's MoE layer; may be repeated.")
+@click.option("--devices", multiple=True, type=int, help="CPU devices; may be repeated.")
+@click.option("--routing", "routings", multiple=True, help="Where tokens go; may be repeated.")
+@click.option("--op", "ops", multiple=True, help="What to time; may be repeated.")
+@click.option("--tokens", multiple=True, type=int, help="Tokens a device; may be repeated.")
+@click.option("--repeats", type=click.IntRange(1), help="Rounds, one run of everybody in each.")
+@click.option(
+    "--capacity-factor",
+    type=float,
+    help="Receive buffers over the balanced load; default: as many rows as the routing needs.",
+)
+@click.option("--implementation", help="Ours: fused or xla; default: the library's choice.")
+@click.option("--quick", is_flag=True, help="One small case, in less than a minute.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    default=pathlib.Path("runs/bench"),
+    show_default=True,
+    help="Folder for results.json and results.png.",
+)
+def bench(
+    shapes: tuple[str, ...],
+    devices: tuple[int, ...],
+    routings: tuple[str, ...],
+    ops: tuple[str, ...],
+    tokens: tuple[int, ...],
+    repeats: int | None,
+    capacity_factor: float | None,
+    implementation: str | None,
+    quick: bool,
+    out: pathlib.Path,
+) -> None:
+    """Time the shuffles, in turn with a ring, a padded all_to_all and plain memory copies.
+
+    Without options: two models on 4 and 8 CPU devices, and in part skewed routings, decoding and
+    other models, in about ten minutes. Naming a shape, devices, a routing, an operation or tokens
+    measures every combination of what is named instead. Every result is compared with NumPy before
+    it is timed.
+    """
+    from jax_fusco.bench import presets
+    from jax_fusco.bench.run import run
+
+    named = any((shapes, devices, routings, ops, tokens))
+    if quick and named:
+        raise click.ClickException("--quick: got other choices too, need it alone")
+    if implementation not in (None, "fused", "xla"):
+        raise click.ClickException(f"--implementation: got {implementation!r}, need fused or xla")
+    try:
+        if quick:
+            cases = presets.quick_cases()
+        elif named:
+            cases = presets.chosen_cases(shapes, devices, routings, ops, tokens)
+        else:
+            cases = presets.default_cases()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    changes: dict[str, Any] = {
+        "repeats": repeats,
+        "capacity_factor": capacity_factor,
+        "implementation": implementation,
+    }
+    failed = run(cases, {k: v for k, v in changes.items() if v is not None}, out, _command())
+    sys.exit(1 if failed else 0)
+
+
+def _command() -> str:
+    arguments = [a if a.isprintable() and " " not in a else json.dumps(a) for a in sys.argv[1:]]
+    arguments = [a for a in arguments if a != "bench"]
+    return " ".join(["python -m jax_fusco.bench", *arguments])
