@@ -225,7 +225,8 @@ def ragged_all_to_all(
     """
     axis = expert_axis(tuple(axis_name) if isinstance(axis_name, list) else axis_name)
     if axis_index_groups is not None:
-        axis = Axis(axis.names, len(axis_index_groups[0]), _subgroups(axis_index_groups, axis.size))
+        subgroups = _subgroups(axis_index_groups, axis.size)
+        axis = Axis(axis.names, len(subgroups[0]), subgroups)
     operand, output = _array("operand", operand), _array("output", output)
     _check_payload("operand", operand, None, None)
     if output.dtype != operand.dtype or output.shape[1:] != operand.shape[1:] or not output.ndim:
@@ -266,7 +267,7 @@ def _plan_axis(plan: Plan) -> Axis:
 def _array(name: str, value: Any) -> jax.Array:
     try:
         return jnp.asarray(value)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: got {type(value).__name__}, need an array") from error
 
 
@@ -298,7 +299,12 @@ def _table(name: str, value: Any, ranks: int) -> jax.Array:
 
 
 def _subgroups(groups: Sequence[Sequence[int]], size: int) -> tuple[tuple[int, ...], ...]:
-    subgroups = tuple(tuple(int(index) for index in group) for group in groups)
+    try:
+        subgroups = tuple(tuple(int(index) for index in group) for group in groups)
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups: got {groups!r}, need lists of axis indices, or None"
+        ) from None
     members = sorted(index for group in subgroups for index in group)
     if members != list(range(size)) or len({len(group) for group in subgroups}) != 1:
         raise ValueError(

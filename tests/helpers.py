@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 P = PartitionSpec
 ROWS = P("expert")
@@ -57,6 +57,14 @@ def sharded(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma, **options
     )
     return jax.jit(mapped) if jit else mapped
+
+
+def place(mesh: Mesh, specs: Any, *arguments: Any) -> tuple[Any, ...]:
+    """Arguments laid out by one spec, or by one each: Explicit meshes accept nothing else."""
+    each = (specs,) * len(arguments) if isinstance(specs, PartitionSpec) else specs
+    return tuple(
+        jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arguments, each, strict=True)
+    )
 
 
 def run_python(

@@ -236,7 +236,7 @@ def ragged_all_to_all(
     recv_sizes: np.ndarray,
     groups: list[list[int]] | None = None,
 ) -> np.ndarray:
-    """`jax.lax.ragged_all_to_all` for operands `[R, N, ...]`, outputs `[R, M, ...]`, sizes `[R, S]`.
+    """`jax.lax.ragged_all_to_all`: operand `[R, N, ...]`, output `[R, M, ...]`, tables `[R, S]`.
 
     S is a multiple of the group's size; slice s goes to the group's member `s // (S // size)`.
     """

@@ -41,7 +41,7 @@ def dtype_of(name: str) -> np.dtype:
 def random_bytes(rng, shape, dtype):
     """Any bit pattern, NaN excepted: hardware may quieten a NaN's payload."""
     dtype = dtype_of(dtype)
-    if dtype == bool:
+    if dtype.kind == "b":
         return rng.random(shape) < 0.5
     size = (*shape[:-1], shape[-1] * dtype.itemsize) if shape else (dtype.itemsize,)
     values = np.frombuffer(rng.bytes(int(np.prod(size))), dtype).reshape(shape).copy()
@@ -135,9 +135,7 @@ def combine_case(rng, y_dtype, weights_dtype, d=19):
 def combine_program(implementation, out_dtypes, weighted=True):
     @functools.partial(per_rank, mesh=4)
     def run(ids, y, weights):
-        plan = jf.make_plan(
-            ids, axis_name="expert", num_experts=8, implementation=implementation
-        )
+        plan = jf.make_plan(ids, axis_name="expert", num_experts=8, implementation=implementation)
         weights = weights if weighted else None
         return tuple(jf.combine(y, weights, plan, out_dtype=out) for out in out_dtypes)
 

@@ -116,7 +116,7 @@ def test_weights_of_a_narrow_type_keep_it(implementation, check_vma):
     plan, arguments = vjp_case(0, routings.distinct, 4, 2, None, 1, jnp.bfloat16, d=8)
     ids, x, y, weights, *gs = arguments
     weights = weights.astype(jnp.bfloat16)
-    dx, dy, dweights = run(ids, x, y, weights, *gs)
+    _, dy, dweights = run(ids, x, y, weights, *gs)
     assert dweights.dtype == jnp.bfloat16
     want_y, want_w = oracle.combine_gradient(gs[1], y, weights, plan)
     assert_same_bits(dy, want_y)
@@ -163,9 +163,7 @@ def test_a_layer_equals_its_dense_formulation(implementation, num_ranks, check_v
 
     got = jax.jit(jax.value_and_grad(sharded_loss, argnums=(0, 1, 2)))(params, x, logits)
     want = jax.jit(jax.value_and_grad(dense_loss, argnums=(0, 1, 2)))(params, x, logits)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want)
 
 
 @both

@@ -10,8 +10,8 @@ import numpy as np
 import oracle
 import pytest
 import routings
-from helpers import P, assert_same_bits, both, make_mesh, sharded
-from jax.sharding import AxisType, NamedSharding
+from helpers import P, assert_same_bits, both, make_mesh, place, sharded
+from jax.sharding import AxisType
 
 import jax_fusco as jf
 
@@ -72,7 +72,7 @@ def test_groups_in_a_mesh_of_three_axes(implementation, order, axis_type):
     spec = P("data", "model", "expert")
     run = sharded(squeezed(layer(implementation), 3), mesh, in_specs=spec, out_specs=spec)
     arguments = inputs((2, 2, 4))
-    got = jax.device_get(run(*arguments))
+    got = jax.device_get(run(*place(mesh, spec, *arguments)))
     for data, model in np.ndindex(2, 2):
         want = want_layer(*(a[data, model] for a in arguments))
         for value, expected in zip(got, want, strict=True):
@@ -92,7 +92,7 @@ def test_what_is_replicated_stays_replicated(implementation, check_vma):
         check_vma=check_vma,
     )
     arguments = inputs((2, 4))
-    got = jax.device_get(run(*arguments))
+    got = jax.device_get(run(*place(mesh, spec, *arguments)))
     for data in range(2):
         want = want_layer(*(a[data] for a in arguments))
         for value, expected in zip(got, want, strict=True):
@@ -106,7 +106,9 @@ def test_a_tuple_of_axes_is_a_row_major_rank(implementation, axis_name):
     others = tuple(name for name in mesh.axis_names if name not in axis_name)
     spec = P(others, axis_name)
     ranks = int(np.prod([mesh.shape[name] for name in axis_name]))
-    run = sharded(squeezed(layer(implementation, axis_name), 2), mesh, in_specs=spec, out_specs=spec)
+    run = sharded(
+        squeezed(layer(implementation, axis_name), 2), mesh, in_specs=spec, out_specs=spec
+    )
     arguments = inputs((8 // ranks, ranks))
     got = jax.device_get(run(*arguments))
     for group in range(8 // ranks):
@@ -150,10 +152,7 @@ def test_partly_manual(implementation, axis_type, how):
         "columns sharded": (P("expert"), P("expert"), P("expert", None, "model")),
     }[how]
     x = np.pad(x, ((0, 0), (0, 0), (0, 1)))
-    placed = [
-        jax.device_put(a, NamedSharding(mesh, s))
-        for a, s in zip((ids, x, weights), specs, strict=True)
-    ]
+    placed = place(mesh, specs, ids, x, weights)
     for _ in range(5):
         got = jax.device_get(run(*placed))
         for value, expected in zip(got, want_layer(ids, x, weights), strict=True):
@@ -196,14 +195,12 @@ def test_gradients_of_replicated_operands_are_summed(implementation, check_vma):
         out_specs=P("data", "expert"),
         check_vma=check_vma,
     )
-    placed = [
-        jax.device_put(a, NamedSharding(mesh, s))
-        for a, s in ((ids, P("expert")), (x, P("expert")), (weights, P("data", "expert")))
-    ]
-    dx, dweights = jax.jit(
-        jax.grad(lambda x, w: jnp.sum(run(placed[0], x, w)), argnums=(0, 1))
-    )(*placed[1:])
-    present = (oracle.make_plan(ids, 8, None, 2).slot >= 0)
+    specs = P("expert"), P("expert"), P("data", "expert")
+    placed = place(mesh, specs, ids, x, weights)
+    dx, dweights = jax.jit(jax.grad(lambda x, w: jnp.sum(run(placed[0], x, w)), argnums=(0, 1)))(
+        *placed[1:]
+    )
+    present = oracle.make_plan(ids, 8, None, 2).slot >= 0
     want_x = 2 * (weights * present).sum((0, 3))[..., None] * np.ones_like(x)
     want_w = 2 * np.broadcast_to(x.sum(-1)[None, ..., None] * present, weights.shape)
     np.testing.assert_allclose(dx, want_x, rtol=1e-4, atol=1e-5)

@@ -112,7 +112,9 @@ def test_gradients(implementation, check_vma):
         run = exchange(implementation)
         return jax.vjp(lambda a, b: run(a, b, *four), operand, output)[1](g)
 
-    got = per_rank(local, 4, check_vma=check_vma)(operand, output, g, *(t.astype("i4") for t in four))
+    got = per_rank(local, 4, check_vma=check_vma)(
+        operand, output, g, *(t.astype("i4") for t in four)
+    )
     # Where each row of a result comes from, by moving its number through the loop.
     number = np.arange(operand[..., 0].size).reshape(4, -1)
     source = oracle.ragged_all_to_all(number, np.full(output.shape[:2], -1), *four)
@@ -189,7 +191,7 @@ for implementation in (None, "xla"):
         options = {} if implementation is None else {"implementation": implementation}
         return jax.lax.ragged_all_to_all(
             operand, output, offsets, sizes, to, sizes, axis_name="expert", **options)
-    mesh = jax.make_mesh((2,), ("expert",))
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.P("expert")
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))
     one = np.ones(4, np.int32)

@@ -100,7 +100,8 @@ def test_every_routing(implementation, num_ranks, alignment, rows_per_expert, ro
 def test_every_shape(implementation, num_ranks, tokens, k, local):
     for routing in (routings.distinct, routings.masked, routings.one_rank):
         ids = routing(np.random.default_rng(1), num_ranks, tokens, k, num_ranks * local)
-        check(implementation, ids, num_ranks * local)
+        # JAX itself does not compile a shard_map whose operands are all empty: give y some rows.
+        check(implementation, ids, num_ranks * local, alignment=1 if tokens else 4)
 
 
 @both
@@ -233,4 +234,4 @@ def test_one_plan_for_two_payloads_and_two_plans_interleaved(implementation):
 def test_token_counts_that_shrink_between_steps(implementation):
     rng = np.random.default_rng(0)
     for tokens in (9, 2, 0, 9):
-        check(implementation, routings.distinct(rng, 2, tokens, 2, 4), 4)
+        check(implementation, routings.distinct(rng, 2, tokens, 2, 4), 4, alignment=2)

@@ -31,15 +31,11 @@ def test_independent_shuffles_in_one_program(implementation, num_ranks):
     count = 100 if implementation == "fused" else 8
     rng = np.random.default_rng(0)
     experts = num_ranks * 2
-    ids = np.stack(
-        [routings.distinct(rng, num_ranks, 3, 2, experts) for _ in range(count)], axis=1
-    )
+    ids = np.stack([routings.distinct(rng, num_ranks, 3, 2, experts) for _ in range(count)], axis=1)
     x = rng.standard_normal((num_ranks, count, 3, 4)).astype("f4")
 
     def local(x, ids):
-        return jnp.stack(
-            [round_trip(x[i], ids[i], implementation, experts) for i in range(count)]
-        )
+        return jnp.stack([round_trip(x[i], ids[i], implementation, experts) for i in range(count)])
 
     run = per_rank(local, num_ranks)
     for _ in range(5):

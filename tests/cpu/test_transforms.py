@@ -42,7 +42,7 @@ def arguments(layers=LAYERS, seed=0):
 
 
 def layers_in_a_scan(implementation, wrap=lambda f: f):
-    """(x, ids[L], weights[L], scale[L]) -> x after L layers, routing of each layer from its data."""
+    """(x, ids[L], weights[L], scale[L]) -> x after L layers."""
 
     def layer(x, per_layer):
         return x + moe(x, *per_layer, implementation), None
@@ -87,9 +87,7 @@ WRAPS = {
     "none": lambda f: f,
     "checkpoint": jax.checkpoint,
     "named": functools.partial(jax.checkpoint, policy=SAVE),
-    "nothing": functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
-    ),
+    "nothing": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
 }
 
 
