@@ -1,9 +1,9 @@
-"""What README and docs show is run, printed output included, and every internal link leads somewhere.
+"""README and docs: every snippet runs and prints what the page says, every internal link leads home.
 
 The Python blocks of a page run in order in one namespace. What a block prints must be the `text`
 block that follows it; without one it must print nothing. A page that makes its own CPU devices runs
-in a fresh interpreter, as a reader would run it; the others in this process, whose devices they use.
-Blocks fenced as `python no-run` are only compiled.
+in a fresh interpreter, as a reader would run it, the others in this process. Blocks fenced as
+`python no-run` are only compiled.
 """
 
 from __future__ import annotations
