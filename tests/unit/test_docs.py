@@ -1,4 +1,4 @@
-"""README and docs: every snippet runs and prints what the page says, every internal link leads home.
+"""README and docs: every snippet runs and prints what the page says; internal links lead somewhere.
 
 The Python blocks of a page run in order in one namespace. What a block prints must be the `text`
 block that follows it; without one it must print nothing. A page that makes its own CPU devices runs
