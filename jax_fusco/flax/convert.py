@@ -6,7 +6,7 @@ A layout is a flat dict of arrays, of NumPy or JAX. Values are only moved: both 
 |---|---|---|
 | "wi_wo" | gate.kernel, wi_0, wi_1, wo | [in, out] (MaxText) |
 | "w13_w2" | router, w13, w2 | [in, out], gate before up in one (Levanter) |
-| "gate_up_down" | gate.weight, experts.0.gate_proj.weight, ... | [out, in] (DeepSeek, Qwen, OLMoE) |
+| "gate_up_down" | gate.weight, experts.0.gate_proj.weight, ... | [out, in] (DeepSeek, Qwen3) |
 | "w1_w2_w3" | gate.weight, experts.0.w1.weight, ... | [out, in] (Mixtral) |
 | "gpt_oss" | router.weight, experts.gate_up_proj, ... | [in, out], gate and up interleaved |
 """
@@ -158,7 +158,7 @@ def _check_shape(name: str, array: Any, shape: str, sizes: dict[str, int]) -> No
 
 
 def _gather(arrays: Arrays, name: str, shape: str, sizes: dict[str, int]) -> tuple[Any, set[str]]:
-    """The array of that name, the experts' stacked, and the names it took; None if it is missing."""
+    """The array of that name (the experts' stacked) and the names it took; None if missing."""
     if "{}" not in name:
         if name not in arrays:
             return None, set()

@@ -177,22 +177,25 @@ def test_one_device_without_a_mesh(model: str) -> None:
     assert_equals_dense(moe, None, tokens_of(3, 5, moe.features))
 
 
-@AXIS_TYPES
-@pytest.mark.parametrize("shape", [(4, 6), (3, 5)], ids=["even", "odd"])
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "axis_type", "shape"),
     [
-        {"expert": 1},
-        {"expert": 2},
-        {"expert": 8},
-        {"data": 2, "expert": 4},
-        {"expert": 4, "data": 2},
-        {"model": 2, "expert": 2, "data": 2},
+        ({"expert": 1}, AxisType.Explicit, (3, 5)),
+        ({"expert": 2}, AxisType.Auto, (4, 6)),
+        ({"expert": 8}, AxisType.Auto, (3, 5)),
+        ({"expert": 8}, AxisType.Explicit, (4, 6)),
+        ({"data": 2, "expert": 4}, AxisType.Explicit, (4, 6)),
+        ({"data": 2, "expert": 4}, AxisType.Explicit, (3, 5)),
+        ({"expert": 4, "data": 2}, AxisType.Auto, (4, 6)),
+        ({"model": 2, "expert": 2, "data": 2}, AxisType.Auto, (3, 5)),
+        ({"model": 2, "expert": 2, "data": 2}, AxisType.Explicit, (4, 6)),
     ],
-    ids=lambda sizes: "x".join(f"{n}{s}" for n, s in sizes.items()),
+    ids=lambda value: (
+        "x".join(f"{n}{s}" for n, s in value.items()) if isinstance(value, dict) else str(value)
+    ),
 )
 def test_every_mesh_gives_the_dense_values_and_gradients(
-    sizes: dict[str, int], shape: tuple[int, ...], axis_type: AxisType
+    sizes: dict[str, int], axis_type: AxisType, shape: tuple[int, ...]
 ) -> None:
     moe = block(model_axis="model" if "model" in sizes else None, num_shared_experts=1)
     assert_equals_dense(moe, make_mesh(sizes, axis_type=axis_type), tokens_of(*shape, 12))
