@@ -1,7 +1,7 @@
 """README and docs: every snippet runs and prints what the page says; internal links lead somewhere.
 
-The Python blocks of a page run in order in one namespace. What a block prints must be the `text`
-block that follows it; without one it must print nothing. A page that makes its own CPU devices runs
+The Python blocks of a page run in order in one namespace. Where a `text` block follows directly, it
+must be what the Python block prints. A page that makes its own CPU devices runs
 in a fresh interpreter, as a reader would run it, the others in this process. Blocks fenced as
 `python no-run` are only compiled.
 """
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import run_python
 
+_MARK = "<end of block>"
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PAGES = sorted(_ROOT.glob("*.md")) + sorted((_ROOT / "docs").glob("*.md"))
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -30,7 +31,7 @@ class _Block:
     info: str
     body: str
     line: int  # of the body's first line
-    prints: str = ""
+    prints: str | None = None  # what the page says; None: nothing
 
 
 def _blocks(page: pathlib.Path) -> Iterator[_Block]:
@@ -61,6 +62,17 @@ def _named(page: pathlib.Path) -> str:
     return str(page.relative_to(_ROOT))
 
 
+def _run_here(blocks: list[_Block], page: pathlib.Path) -> list[str]:
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    outputs = []
+    for block in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(_code(block, page), namespace)
+        outputs.append(printed.getvalue())
+    return outputs
+
+
 @pytest.mark.parametrize("page", _PAGES, ids=_named)
 def test_snippets(page: pathlib.Path) -> None:
     blocks = list(_blocks(page))
@@ -68,18 +80,16 @@ def test_snippets(page: pathlib.Path) -> None:
         _code(block, page)
     blocks = [block for block in blocks if block.info == "python"]
     if any("jax_num_cpu_devices" in block.body for block in blocks):
-        code = "\n".join(block.body for block in blocks)
+        code = f"\nprint({_MARK!r})\n".join(block.body for block in blocks)
         # Flags for sixteen devices, which this process was given, would overrule the page.
         done = run_python(code, env={"XLA_FLAGS": ""})
         assert done.returncode == 0, done.stderr
-        assert done.stdout == "".join(block.prints for block in blocks)
-        return
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    for block in blocks:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(_code(block, page), namespace)
-        assert printed.getvalue() == block.prints, f"{_named(page)}:{block.line}"
+        outputs = done.stdout.split(f"{_MARK}\n")
+    else:
+        outputs = _run_here(blocks, page)
+    for block, output in zip(blocks, outputs, strict=True):
+        if block.prints is not None:
+            assert output == block.prints, f"{_named(page)}:{block.line}"
 
 
 def _anchors(page: pathlib.Path) -> set[str]:
