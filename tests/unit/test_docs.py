@@ -82,7 +82,7 @@ def test_snippets(page: pathlib.Path) -> None:
     if any("jax_num_cpu_devices" in block.body for block in blocks):
         code = f"\nprint({_MARK!r})\n".join(block.body for block in blocks)
         # Flags for sixteen devices, which this process was given, would overrule the page.
-        done = run_python(code, env={"XLA_FLAGS": ""})
+        done = run_python(code, env={"XLA_FLAGS": ""}, timeout=280)
         assert done.returncode == 0, done.stderr
         outputs = done.stdout.split(f"{_MARK}\n")
     else:
