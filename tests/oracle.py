@@ -223,7 +223,8 @@ def combine_gradient(
             where = plan.owner[rank, t, j], plan.slot[rank, t, j]
             w = wide(1) if weights is None else weights[rank, t, j].astype(wide)
             dy[where] = round_to(w * g[rank, t].astype(wide), y.dtype)
-            dweights[rank, t, j] = (g[rank, t].astype(np.float64) * y[where]).sum()
+            with np.errstate(all="ignore"):
+                dweights[rank, t, j] = (g[rank, t].astype(np.float64) * y[where]).sum()
     return dy, dweights
 
 

@@ -124,7 +124,7 @@ def test_quiet_nan_and_infinities_travel(implementation):
         assert_same_bits(rows[name], oracle.dispatch(value, plan), name)
 
 
-def combine_case(rng, y_dtype, weights_dtype, d=19):
+def combine_case(rng, y_dtype, weights_dtype, d=300):
     ids = routings.masked(rng, 4, 12, 4, 8)
     plan = oracle.make_plan(ids, 8)
     y = rng.standard_normal((4, plan.capacity, d)).astype(dtype_of(y_dtype))

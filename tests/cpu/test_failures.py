@@ -71,11 +71,11 @@ def test_a_time_out_that_makes_no_sense_is_an_error(monkeypatch, value):
 def test_no_id_and_no_capacity_touches_memory_outside(implementation):
     """Absurd ids in every place, buffers of no row: results are those of the oracle."""
     rng = np.random.default_rng(0)
-    for capacity in (0, 1, None):
-        ids = rng.integers(-(2**31), 2**31, (4, 6, 2)).astype(np.int32)
+    for capacity in (0, None):
+        ids = rng.integers(-(2**31), 2**31, (2, 6, 2)).astype(np.int32)
         ids[:, ::3] = rng.integers(0, 8, ids[:, ::3].shape)
         plan = oracle.make_plan(ids, 8, capacity)
-        x = rng.standard_normal((4, 6, 3)).astype("f4")
+        x = rng.standard_normal((2, 6, 3)).astype("f4")
 
         def run(ids, x, capacity=capacity):
             plan = jf.make_plan(
@@ -88,7 +88,7 @@ def test_no_id_and_no_capacity_touches_memory_outside(implementation):
             rows = jf.dispatch(x, plan)
             return plan.slot, plan.num_invalid, rows, jf.combine(rows, None, plan)
 
-        slot, invalid, rows, out = per_rank(run, 4)(ids, x)
+        slot, invalid, rows, out = per_rank(run, 2)(ids, x)
         assert_same_bits(slot, plan.slot)
         assert_same_bits(invalid, plan.num_invalid)
         assert_same_bits(rows, oracle.dispatch(x, plan))

@@ -107,7 +107,9 @@ def test_version():
 @pytest.mark.parametrize("implementation", ["xla", "fused"])
 def test_plan_is_a_frozen_dataclass_and_a_pytree(implementation):
     ids = np.array([[0, 1], [1, -1]], np.int32)
-    plan = jf.make_plan(ids, axis_name=None, num_experts=2, implementation=implementation)
+    plan = jax.jit(
+        lambda ids: jf.make_plan(ids, axis_name=None, num_experts=2, implementation=implementation)
+    )(ids)
     assert dataclasses.is_dataclass(plan)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.slot = None
