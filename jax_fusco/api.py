@@ -55,8 +55,7 @@ def make_plan(
       topology: must be None.
       placement: must be None.
       implementation: "xla" (plain `jax.lax`), "fused" (the engine), a sequence of them tried in
-        order, or
-        None: the engine where it is known to reach, else "xla".
+        order, or None: the engine where it is known to reach, else "xla".
 
     Returns:
       The plan of this rank.

@@ -62,7 +62,7 @@ def register() -> None:
     """
     module = _module()
     # Types must be known before the handlers that use them, and what is registered before the
-    # backend # is up reaches it in the wrong order.
+    # backend is up reaches it in the wrong order.
     jax.local_devices(backend="cpu")
     for name, registration in module.types():
         jax.ffi.register_ffi_type(name, registration, platform="cpu")

@@ -45,7 +45,7 @@ def water_fill(counts: jax.Array, capacity: int, alignment: int) -> jax.Array:
     level, _ = lax.fori_loop(0, 32, halve, (jnp.zeros_like(highest), highest))
     kept = jnp.minimum(counts, level)
     # One row more: first into the padding that a group has anyway, then into blocks of `alignment`
-    # rows # as long as there are any, groups in order.
+    # rows as long as there are any, groups in order.
     cut = counts > level
     wanted = cut.sum(1)
     free = padded(level) - kept.sum(1)
