@@ -150,7 +150,8 @@ def combine(
 
     The sum is one fused multiply-add per assignment that has a slot, j ascending from +0, in
     float32 (float64 if `y` is float64), rounded once. Assignments without a slot add nothing;
-    buffer rows outside the groups are never read.
+    buffer rows outside the groups are never read. Implementations give the same bits, but for
+    subnormal numbers: the engine keeps them, XLA on CPU devices flushes them to zero.
 
     Args:
       y: rows `[C, ...]` of a floating dtype, where `dispatch` put them.
@@ -202,7 +203,7 @@ def ragged_all_to_all(
 
     K is a multiple of the number of ranks R, and slice i goes to rank `i // (K // R)`: rows
     `operand[input_offsets[i] : + send_sizes[i]]` to row `output_offsets[i]` of that rank's result.
-    The rest of the result is `output`. Slices must not overlap, neither in a result nor, for gradients, in
+    The rest of the result is `output`. Slices must not overlap in a result nor, for gradients, in
     `operand` (as for `jax.lax`, the cotangent of a row that is sent twice is that of one copy).
 
     Args:
