@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -58,18 +59,19 @@ def seconds(step: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
 
 
 def in_turn(
-    contestants: dict[str, Callable[[], float]], repeats: int, chill: Callable[[], None]
+    contestants: dict[str, Callable[[], float]], repeats: int, before: Callable[[], None]
 ) -> dict[str, Timing]:
     """Runs every contestant once a round, `repeats` rounds after one that does not count.
 
-    The order turns by one each round, so that nobody always runs after the same neighbour.
+    The order is drawn anew for each round: what one leaves behind (caches, pages that the system
+    has just got back) must not always meet the same other.
     """
+    rng = random.Random(0)
     names = list(contestants)
     runs: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats + 1):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            chill()
+        for name in rng.sample(names, len(names)):
+            before()
             elapsed = contestants[name]() * 1e3
             if turn:
                 runs[name].append(elapsed)

@@ -38,8 +38,9 @@ def summary(case: dict[str, Any]) -> dict[str, dict[str, float]]:
         for rival in ("ring", "padded", "ring/helped", "padded/helped"):
             if rival in medians:
                 row[f"over_{rival}"] = round(medians[rival] / ours, 3)
-        if "limit" in medians:
-            row["of_limit"] = round(medians["limit"] / ours, 3)
+        for limit in ("limit", "limit/once"):
+            if limit in medians:
+                row[f"of_{limit}"] = round(medians[limit] / ours, 3)
         peak = result["memory"].get("peak_ratio", {}).get("jax_fusco")
         if peak is not None:
             row["peak_over_needed"] = peak

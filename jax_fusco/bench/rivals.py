@@ -23,6 +23,7 @@ measurement:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -74,6 +75,7 @@ FAMILIES = (
     "ring/helped",
     "padded/helped",
     "limit",
+    "limit/once",
 )
 
 
@@ -229,20 +231,19 @@ Rival = Ring | Padded
 def rivals_for(op: str, sizes: Sizes) -> list[Rival]:
     """The formulations worth trying for one measurement ("plan", "dispatch", "combine", "forward",
     "layer", or "train", which is forward and backward under plain autodiff)."""
-    transports: tuple[Transport, ...] = ("rows", "u16", "u32")
+    ring, padded = functools.partial(Ring, sizes), functools.partial(Padded, sizes)
     if op == "plan":
-        return [Ring(sizes), Padded(sizes)]
+        return [ring(), padded()]
     if op == "dispatch":
-        return [kind(sizes, way) for kind in (Ring, Padded) for way in transports]
+        ways: tuple[Transport, ...] = ("rows", "u16", "u32")
+        return [kind(way) for kind in (ring, padded) for way in ways]
     if op == "train":
         # Gathered sums are left out: autodiff turns each of their k gathers into a scatter-add.
-        rivals: list[Rival] = [Ring(sizes, sums="scatter32"), Ring(sizes, sums="scatter16")]
-        rivals += [Padded(sizes, sums="scatter16"), Padded(sizes, sums="gather")]
-        return [*rivals, Ring(sizes, helped=True), Padded(sizes, helped=True)]
-    rivals = [Ring(sizes, way) for way in transports]
-    rivals.append(Ring(sizes, "u16", "gather", "all_to_all"))
-    rivals += [Padded(sizes, way) for way in transports]
+        rivals = [ring(sums="scatter32"), ring(sums="scatter16"), padded(sums="scatter16")]
+        return [*rivals, ring(helped=True), padded(helped=True)]
+    if op == "layer":
+        return [ring("u16"), padded("u16")]
+    rivals = [ring("u16"), ring("u16", reduce="all_to_all"), padded("u16"), padded("u32")]
     if op == "combine":
-        rivals = [r for r in rivals if not (isinstance(r, Ring) and r.transport == "u32")]
-        rivals += [Ring(sizes, sums="scatter16"), Padded(sizes, "u16", "scatter16")]
-    return rivals
+        return [*rivals, ring(sums="scatter16"), padded("u16", "scatter16")]
+    return [*rivals, ring("u32")]

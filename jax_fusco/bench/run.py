@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +26,8 @@ def run(specs: Sequence[Spec], changes: dict[str, Any], out: pathlib.Path, comma
     Returns:
       The number of cases that failed; each is named on the terminal.
     """
+    # Ended from outside, the process of the current case must end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if Console().is_terminal else 160)
     cases: list[dict[str, Any]] = []

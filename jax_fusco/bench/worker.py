@@ -25,6 +25,9 @@ CLOSE = 1.15
 MOVES = ("dispatch", "forward", "train")
 """Operations whose time depends on what the rows past the last group hold."""
 
+ROUNDS = {"train": 5, "layer": 3}
+"""Most rounds of the slow operations."""
+
 Event = dict[str, Any]
 
 
@@ -34,7 +37,7 @@ class Worker:
     def __init__(self, case: Case):
         self.case, self.oracle, self.chill = case, Oracle(case), measure.ColdCaches()
         token_bytes = case.x.nbytes
-        self.limit = CopyLimit(token_bytes, case.kept * token_bytes // case.x.shape[0])
+        self.limit = CopyLimit(token_bytes, case.sizes.k)
         self.plans: dict[str, Any] = {}
         self.rows_bytes = token_bytes // case.sizes.tokens * case.sizes.capacity
 
@@ -73,7 +76,10 @@ class Worker:
         contestants = {name: functools.partial(measure.seconds, *calls[name]) for name in finalists}
         if op not in ("plan", "layer"):
             contestants["limit"] = functools.partial(self.limit.seconds, op)
-        timings = measure.in_turn(contestants, self.case.spec.repeats, self.chill)
+            contestants["limit/once"] = functools.partial(self.limit.seconds, op, "once")
+        repeats = self.case.spec.repeats
+        rounds = min(repeats, ROUNDS.get(op, repeats))
+        timings = measure.in_turn(contestants, rounds, self.chill)
         yield {
             "event": "result",
             "op": op,
