@@ -1,4 +1,4 @@
-"""Timing in turn on cold caches, and the memory that a call adds."""
+"""Timing in turn with cold caches, and the memory that a call adds."""
 
 from __future__ import annotations
 
@@ -59,22 +59,23 @@ def seconds(step: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
 
 
 def in_turn(
-    contestants: dict[str, Callable[[], float]], repeats: int, before: Callable[[], None]
+    contestants: dict[str, Callable[[], float]], rounds: int, before: Callable[[], None]
 ) -> dict[str, Timing]:
-    """Runs every contestant once a round, `repeats` rounds after one that does not count.
+    """Runs every contestant once a round, in an order that is drawn anew for each round.
 
-    The order is drawn anew for each round: what one leaves behind (caches, pages that the system
-    has just got back) must not always meet the same other.
+    A turn is an untimed run, `before`, and the timed run. The untimed run leaves the system with
+    free pages that have just been in use, as one layer of a step leaves them to the next: on a
+    virtual machine whose host takes back what stays free, the first touch of other pages costs 20
+    times more, and whoever comes next would pay for it.
     """
     rng = random.Random(0)
     names = list(contestants)
     runs: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats + 1):
+    for _ in range(rounds):
         for name in rng.sample(names, len(names)):
+            contestants[name]()
             before()
-            elapsed = contestants[name]() * 1e3
-            if turn:
-                runs[name].append(elapsed)
+            runs[name].append(contestants[name]() * 1e3)
     return {name: Timing(tuple(values)) for name, values in runs.items()}
 
 

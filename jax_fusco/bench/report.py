@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jax_fusco.bench.rivals import FAMILIES, family_of
+from jax_fusco.bench.rivals import family_of
 
+ENVIRONMENT = ("GLIBC_TUNABLES", "XLA_FLAGS")
 MEMORY_FROM = 64 << 20
 """Peaks are shown where inputs and outputs are at least this large; smaller ones drown in the
 process."""
@@ -32,7 +33,7 @@ def summary(case: dict[str, Any]) -> dict[str, dict[str, float]]:
     limit."""
     rows: dict[str, dict[str, float]] = {}
     for op, result in case["ops"].items():
-        medians = {f: found[1] for f in FAMILIES if (found := best(result["timings"], f))}
+        medians = {f: found[1] for f in HEADS if (found := best(result["timings"], f))}
         ours = medians["jax_fusco"]
         row = {"ours_ms": ours}
         for rival in ("ring", "padded", "ring/helped", "padded/helped"):
@@ -52,30 +53,44 @@ def summary(case: dict[str, Any]) -> dict[str, dict[str, float]]:
     return rows
 
 
+HEADS = {
+    "jax_fusco": "ours",
+    "jax_fusco/zero": "ours, zeroed tail",
+    "ring": "ring",
+    "padded": "padded",
+    "ring/helped": "ring, helped",
+    "padded/helped": "padded, helped",
+    "limit": "copy",
+    "limit/once": "copy, read once",
+}
+
+
 def print_case(console: Console, case: dict[str, Any], title: str) -> None:
     """One table: a row for each operation, medians in ms and how we compare."""
+    results = case["ops"]
+    there = {family_of(name) for result in results.values() for name in result["timings"]}
+    families = [family for family in HEADS if family in there]
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("ms, median")
-    for head in FAMILIES:
-        table.add_column(head, justify="right")
-    for head in ("x ring", "x padded", "of limit", "peak memory"):
+    for family in families:
+        table.add_column(HEADS[family], justify="right")
+    for head in ("ring/ours", "padded/ours", "copy/ours", "peak memory"):
         table.add_column(head, justify="right", style="green")
     short = summary(case)
-    for op, result in case["ops"].items():
+    for op, result in results.items():
         cells = [op]
-        for family in FAMILIES:
+        for family in families:
             found = best(result["timings"], family)
             cells.append(_ms(result["timings"][found[0]]) if found else "")
         row = short[op]
-        cells += [_number(row.get("over_ring")), _number(row.get("over_padded"))]
-        if "of_dispatch" in row:
-            cells.append(f"{100 * row['of_dispatch']:.1f} % of dispatch")
-        else:
-            cells.append(_number(row.get("of_limit")))
+        cells += [_number(row.get(key)) for key in ("over_ring", "over_padded", "of_limit")]
         large = result["memory"].get("needed_bytes", 0) >= MEMORY_FROM
         cells.append(_number(row.get("peak_over_needed")) if large else "")
         table.add_row(*cells)
     console.print(table)
+    share = short.get("plan", {}).get("of_dispatch")
+    if share is not None:
+        console.print(f"The plan takes {100 * share:.1f} % of the dispatch it serves.\n")
 
 
 def document(cases: list[dict[str, Any]], command: str) -> dict[str, Any]:
@@ -84,6 +99,7 @@ def document(cases: list[dict[str, Any]], command: str) -> dict[str, Any]:
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
+        "environment": {name: os.environ.get(name, "") for name in ENVIRONMENT},
         "versions": versions(),
         "cases": [{**case, "summary": summary(case)} for case in cases],
     }

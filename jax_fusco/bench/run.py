@@ -29,7 +29,7 @@ def run(specs: Sequence[Spec], changes: dict[str, Any], out: pathlib.Path, comma
     # Ended from outside, the process of the current case must end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 150)
     cases: list[dict[str, Any]] = []
     failed = 0
     columns = (

@@ -25,7 +25,7 @@ CLOSE = 1.15
 MOVES = ("dispatch", "forward", "train")
 """Operations whose time depends on what the rows past the last group hold."""
 
-ROUNDS = {"train": 5, "layer": 3}
+ROUNDS = {"train": 3, "layer": 3}
 """Most rounds of the slow operations."""
 
 Event = dict[str, Any]

@@ -181,11 +181,15 @@ def test_contestants_run_in_turn() -> None:
     def runner(name: str) -> Any:
         return lambda: order.append(name) or 0.001 * len(order)
 
-    timings = measure.in_turn({name: runner(name) for name in "abc"}, 2, lambda: None)
-    assert [sorted(order[i : i + 3]) for i in (0, 3, 6)] == [["a", "b", "c"]] * 3
-    after_first = [i + 1 for i, name in enumerate(order) if name == "a" and i >= 3]
-    assert timings["a"].runs == pytest.approx(after_first)
-    assert timings["a"].median == pytest.approx(sum(after_first) / 2)
+    def before() -> None:
+        order.append("-")
+
+    timings = measure.in_turn({name: runner(name) for name in "abc"}, 2, before)
+    turns = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert sorted(turns[:3]) == sorted(turns[3:]) == ["a-a", "b-b", "c-c"]
+    ends = [3 * i + 3 for i, turn in enumerate(turns) if turn == "a-a"]
+    assert timings["a"].runs == pytest.approx(ends)
+    assert timings["a"].median == pytest.approx(sum(ends) / 2)
 
 
 def test_added_memory_sees_the_result() -> None:
@@ -272,7 +276,7 @@ def test_a_small_run_writes_its_results(tmp_path: pathlib.Path) -> None:
     outcome = CliRunner().invoke(main, ["bench", *arguments.split(), "--out", str(tmp_path)])
     assert outcome.exit_code == 0, outcome.output
     written = json.loads((tmp_path / "results.json").read_text())
-    assert set(written) == {"command", "date", "machine", "versions", "cases"}
+    assert set(written) == {"command", "date", "machine", "environment", "versions", "cases"}
     (case,) = written["cases"]
     assert case["spec"]["tokens"] == 4
     assert case["rows"] == 4 * 4 * 8
