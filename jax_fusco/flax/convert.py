@@ -228,6 +228,8 @@ def store_params(params: Arrays, layout: str) -> dict[str, Any]:
 def assign_params(moe: MoE, params: Arrays) -> None:
     """Puts arrays, as `load_params` gives them, into the block, in its dtypes and shardings.
 
+    For use outside of `jax.jit`.
+
     Raises:
       ValueError: a name the block does not have or a shape that is not its own.
     """
@@ -239,5 +241,4 @@ def assign_params(moe: MoE, params: Arrays) -> None:
         if tuple(array.shape) != old.shape:
             raise ValueError(f"{name}: got shape {tuple(array.shape)}, need {old.shape}")
         value = jnp.asarray(array, old.dtype)
-        committed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer)
-        getattr(moe, name)[...] = jax.device_put(value, old.sharding) if committed else value
+        getattr(moe, name)[...] = jax.device_put(value, old.sharding)

@@ -1,4 +1,4 @@
-"""The MoE block against a dense oracle that loops over experts: values, gradients, metrics."""
+"""The MoE block against a dense oracle, every expert over every token: values and gradients."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def block(
     return moe
 
 
-def ffn(x: jax.Array, wi: jax.Array, wo: jax.Array, bi: Any, bo: Any, activation: str) -> jax.Array:
+def ffn(
+    x: jax.Array, wi: jax.Array, wo: jax.Array, bi: Any, bo: Any, *, activation: str
+) -> jax.Array:
     parts = [x @ wi[:, p] + (0 if bi is None else bi[p]) for p in range(wi.shape[1])]
     if activation == "clamped_swiglu":
         gate, up = jnp.minimum(parts[0], 7), jnp.clip(parts[1], -7, 7)
@@ -72,16 +74,15 @@ def dense(
     logits = flat @ params["router_kernel"] + (0 if p("router_bias") is None else p("router_bias"))
     routing = router(logits, k, p("balance_bias"))
     experts = logits.shape[1]
-    y = jnp.zeros_like(flat)
-    for e in range(experts):
-        weight = jnp.where(routing.expert_ids == e, routing.weights, 0).sum(-1)
-        bi = None if p("wi_bias") is None else params["wi_bias"][e]
-        bo = None if p("wo_bias") is None else params["wo_bias"][e]
-        out = ffn(flat, params["wi_kernel"][e], params["wo_kernel"][e], bi, bo, activation)
-        y += weight[:, None] * out
+    outs = jax.vmap(lambda *kernels: ffn(flat, *kernels, activation=activation))(
+        params["wi_kernel"], params["wo_kernel"], p("wi_bias"), p("wo_bias")
+    )
+    chosen = routing.expert_ids[:, :, None] == jnp.arange(experts)
+    weights = jnp.where(chosen, routing.weights[:, :, None], 0).sum(1)
+    y = jnp.einsum("te,etd->td", weights, outs)
     if "shared_wi_kernel" in params:
         shared = params["shared_wi_kernel"], params["shared_wo_kernel"]
-        y += ffn(flat, *shared, None, None, activation)
+        y += ffn(flat, *shared, None, None, activation=activation)
     shares = jnp.bincount(routing.expert_ids.reshape(-1), length=experts) / (len(flat) * k)
     balance = experts * (shares * routing.probs.mean(0)).sum()
     z = (jax.nn.logsumexp(logits, -1) ** 2).mean()
