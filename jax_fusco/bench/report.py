@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jax_fusco.bench.rivals import family_of
+from jax_fusco.bench.rivals import FAMILIES, family_of
 
+RIVALS = ("ring", "padded")
 ENVIRONMENT = ("GLIBC_TUNABLES", "XLA_FLAGS")
-MEMORY_FROM = 64 << 20
+MEMORY_FROM = 256 << 20
 """Peaks are shown where inputs and outputs are at least this large; smaller ones drown in the
 process."""
 
@@ -33,10 +34,10 @@ def summary(case: dict[str, Any]) -> dict[str, dict[str, float]]:
     limit."""
     rows: dict[str, dict[str, float]] = {}
     for op, result in case["ops"].items():
-        medians = {f: found[1] for f in HEADS if (found := best(result["timings"], f))}
+        medians = {f: found[1] for f in FAMILIES if (found := best(result["timings"], f))}
         ours = medians["jax_fusco"]
         row = {"ours_ms": ours}
-        for rival in ("ring", "padded", "ring/helped", "padded/helped"):
+        for rival in (*RIVALS, *(f"{rival}/helped" for rival in RIVALS)):
             if rival in medians:
                 row[f"over_{rival}"] = round(medians[rival] / ours, 3)
         for limit in ("limit", "limit/once"):
@@ -53,40 +54,26 @@ def summary(case: dict[str, Any]) -> dict[str, dict[str, float]]:
     return rows
 
 
-HEADS = {
-    "jax_fusco": "ours",
-    "jax_fusco/zero": "ours, zeroed tail",
-    "ring": "ring",
-    "padded": "padded",
-    "ring/helped": "ring, helped",
-    "padded/helped": "padded, helped",
-    "limit": "copy",
-    "limit/once": "copy, read once",
-}
-
-
 def print_case(console: Console, case: dict[str, Any], title: str) -> None:
     """One table: a row for each operation, medians in ms and how we compare."""
-    results = case["ops"]
-    there = {family_of(name) for result in results.values() for name in result["timings"]}
-    families = [family for family in HEADS if family in there]
     table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("ms, median")
-    for family in families:
-        table.add_column(HEADS[family], justify="right")
+    table.add_column("ms, median", no_wrap=True)
+    for head in ("ours", "ours, zero tail", "ring", "padded", "copy"):
+        table.add_column(head, justify="right", no_wrap=True)
     for head in ("ring/ours", "padded/ours", "copy/ours", "peak memory"):
         table.add_column(head, justify="right", style="green")
     short = summary(case)
-    for op, result in results.items():
-        cells = [op]
-        for family in families:
-            found = best(result["timings"], family)
-            cells.append(_ms(result["timings"][found[0]]) if found else "")
-        row = short[op]
+    for op, result in case["ops"].items():
+        row, timings = short[op], result["timings"]
+        cells = [_best_ms(timings, f) for f in ("jax_fusco", "jax_fusco/zero", *RIVALS, "limit")]
         cells += [_number(row.get(key)) for key in ("over_ring", "over_padded", "of_limit")]
         large = result["memory"].get("needed_bytes", 0) >= MEMORY_FROM
         cells.append(_number(row.get("peak_over_needed")) if large else "")
-        table.add_row(*cells)
+        table.add_row(op, *cells)
+        if "over_ring/helped" in row:
+            helped = [_best_ms(timings, f"{rival}/helped") for rival in RIVALS]
+            times = [_number(row.get(f"over_{rival}/helped")) for rival in RIVALS]
+            table.add_row("  helped rivals", "", "", *helped, "", *times, "", "")
     console.print(table)
     share = short.get("plan", {}).get("of_dispatch")
     if share is not None:
@@ -132,8 +119,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _ms(timing: dict[str, Any]) -> str:
-    return f"{timing['median_ms']:.4g} ±{(timing['p75_ms'] - timing['p25_ms']) / 2:.2g}"
+def _best_ms(timings: dict[str, Any], family: str) -> str:
+    found = best(timings, family)
+    if found is None:
+        return ""
+    timing = timings[found[0]]
+    return f"{timing['median_ms']:.3g} ±{(timing['p75_ms'] - timing['p25_ms']) / 2:.1g}"
 
 
 def _number(value: float | None) -> str:
