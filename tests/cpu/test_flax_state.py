@@ -159,7 +159,7 @@ def test_a_scan_over_layers_with_and_without_remat(mode: str, axis_type: AxisTyp
 
         def loss(state: Any, x: jax.Array) -> jax.Array:
             y, balance = scanned(x, nnx.merge(graph, state))
-            return (y**2).sum() + balance.sum()
+            return (y**2).mean() + balance.sum()
 
         step = jax.jit(jax.value_and_grad(loss)).lower(state, x).compile()
         value, gradients = step(state, x)
@@ -174,13 +174,14 @@ def test_a_scan_over_layers_with_and_without_remat(mode: str, axis_type: AxisTyp
         for i in range(3):
             y, metrics = nnx.merge(graph, jax.tree.map(lambda a: a[i], state))(x)  # noqa: B023
             x, total = x + y, total + metrics.load_balance_loss
-        return (x**2).sum() + total
+        return (x**2).mean() + total
 
     want, want_gradients = jax.jit(jax.value_and_grad(loop))(state, x)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     want_gradients = nnx.to_pure_dict(want_gradients)
     for name, gradient in nnx.to_pure_dict(gradients).items():
-        np.testing.assert_allclose(gradient, want_gradients[name], rtol=1e-4, atol=1e-4)
+        scale = max(1.0, float(np.abs(gradient).max()))
+        np.testing.assert_allclose(gradient, want_gradients[name], rtol=1e-4, atol=1e-5 * scale)
 
 
 def restored(path: pathlib.Path, mesh: Mesh | None) -> MoE:
