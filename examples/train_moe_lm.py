@@ -9,16 +9,18 @@ command goes on where an interrupted run stopped. docs/training.md describes it.
 
 from __future__ import annotations
 
+import ctypes
 import os
-import re
-import shutil
 import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
+from moe_lm.arguments import check, parse_mesh
+from moe_lm.data import Corpus, DataError, Windows, load_corpus, validation_batches
+from moe_lm.folder import check_same_run, prepare_folder
 
 START = time.monotonic()
 PROMPTS = ("import ", "def ", "class ", "    def __init__(self")
@@ -27,58 +29,27 @@ SHARE = click.FloatRange(0.0, 1.0, max_open=True)
 POSITIVE = click.FloatRange(0.0, min_open=True)
 NOT_NEGATIVE = click.FloatRange(0.0)
 
-T = TypeVar("T")
 
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed memory for the next step, instead of giving it back page by page.
 
-def parse_mesh(text: str | None, devices: int) -> tuple[int, int]:
-    """`"DATAxEXPERT"` as two numbers whose product is `devices`; None is `1 x devices`."""
-    if text is None:
-        return 1, devices
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise click.ClickException(f"--mesh: {text!r} is not DATAxEXPERT, such as 2x2.")
-    data, expert = int(match[1]), int(match[2])
-    if data * expert != devices or devices < 1:
-        raise click.ClickException(
-            f"--mesh: {text} has {data * expert} places for {devices} devices."
-        )
-    return data, expert
-
-
-def check(options: dict[str, Any]) -> None:
-    """Raises a one-sentence error for options that do not fit each other."""
-
-    def need(condition: bool, sentence: str) -> None:
-        if not condition:
-            raise click.ClickException(sentence)
-
-    o = options
-    _, expert = parse_mesh(o["mesh"], o["devices"])
-    need(
-        o["experts"] % expert == 0,
-        f"--experts: {o['experts']} cannot be divided over the mesh's {expert} expert ranks.",
-    )
-    need(
-        o["top_k"] <= o["experts"],
-        f"--top-k: {o['top_k']} is more than the {o['experts']} experts there are.",
-    )
-    need(
-        o["batch"] % o["devices"] == 0,
-        f"--batch: {o['batch']} sequences cannot be divided over {o['devices']} devices.",
-    )
-    need(
-        o["width"] % (2 * o["heads"]) == 0,
-        f"--width: {o['width']} is not a multiple of twice the {o['heads']} heads.",
-    )
-    need(
-        not o["output"].exists() or o["output"].is_dir(),
-        f"--output: {o['output']} is a file, and a folder is needed.",
-    )
+    XLA:CPU allocates every buffer anew in each step; a third of a step's time went into the page
+    faults that this avoids.
+    """
+    mmap_max, trim_threshold, arena_max = -4, -1, -8
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for name, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
+        mallopt(name, value)
 
 
 def start_cpu_devices(count: int) -> None:
     """Makes `count` CPU devices. Only possible before JAX starts its backend."""
     import jax
+
+    keep_freed_memory()
 
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(
@@ -88,32 +59,31 @@ def start_cpu_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def select(kind: type[T], options: dict[str, Any]) -> T:
+def select(kind: Any, options: dict[str, Any]) -> Any:
     """A dataclass from the options that bear its fields' names."""
     return kind(**{field.name: options[field.name] for field in fields(kind)})
 
 
 def run(options: dict[str, Any]) -> str | None:
     """Trains, then writes the sample and the pictures; returns the name of a signal that came."""
+    context, batch, folder = options["context"], options["batch"], options["output"]
+    corpus = load_corpus(options["data"])
+    windows = Windows(corpus.train, context, options["seed"])
+    validation = validation_batches(corpus.valid, context, batch, options["eval_batches"])
+    prepare_folder(folder, options["fresh"])
+
+    start_cpu_devices(options["devices"])
     import jax
     import numpy as np
-    from moe_lm import data, loop, report, sampling
+    from moe_lm import loop, report, sampling
     from moe_lm.checkpoint import Checkpoints
     from moe_lm.model import ModelConfig
     from moe_lm.training import TrainConfig, Trainer, make_mesh
 
-    folder: Path = options["output"]
-    corpus = data.load_corpus(options["data"])
-    windows = data.Windows(corpus.train, options["context"], options["seed"])
-    validation = data.validation_batches(
-        corpus.valid, options["context"], options["batch"], options["eval_batches"]
-    )
-    prepare_folder(folder, options["fresh"])
     checkpoints = Checkpoints(folder / "checkpoints")
     model_config, train_config = select(ModelConfig, options), select(TrainConfig, options)
     facts = {"options": identity(options), "text": corpus.fingerprint}
-    step = checkpoints.latest_step()
-    saved = checkpoints.read_run() if step is not None else None
+    saved = checkpoints.read_run()
     if saved:
         check_same_run(saved, facts, folder)
 
@@ -122,7 +92,7 @@ def run(options: dict[str, Any]) -> str | None:
     if saved:
         state = checkpoints.restore(trainer.abstract_state)
         key = np.array(saved["key"], np.uint32)
-        progress = loop.Progress(state, step, saved["position"], key)
+        progress = loop.Progress(state, saved["step"], saved["position"], key)
     else:
         key = np.asarray(jax.random.key_data(jax.random.key(options["seed"])))
         progress = loop.Progress(trainer.initial_state(), 0, 0, key)
@@ -132,8 +102,8 @@ def run(options: dict[str, Any]) -> str | None:
     minutes = options["max_minutes"]
     config = loop.LoopConfig(
         steps=options["steps"],
-        batch=options["batch"],
-        context=options["context"],
+        batch=batch,
+        context=context,
         save_every=options["save_every"],
         eval_every=options["eval_every"],
         deadline=START + 60 * minutes if minutes else None,
@@ -151,7 +121,7 @@ def run(options: dict[str, Any]) -> str | None:
 
     lines = loop.MetricsLog.read(folder / "metrics.jsonl")
     title = f"{options['layers']} MoE layers, {options['experts']} experts, top {options['top_k']}"
-    for path in report.draw(lines, folder, config.batch * config.context, title):
+    for path in report.draw(lines, folder, batch * context, title):
         click.echo(f"wrote {path}")
     texts = sampling.generate(
         trainer,
@@ -176,33 +146,7 @@ def identity(options: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in values if name not in ("steps", "implementation")}
 
 
-def check_same_run(saved: dict[str, Any], facts: dict[str, Any], folder: Path) -> None:
-    """Raises a one-sentence error if the checkpoint in `folder` is of another run."""
-    remedy = "start over with --fresh or choose another --output."
-    for name, value in facts["options"].items():
-        before = saved["options"].get(name)
-        if before != value:
-            option = "--" + name.replace("_", "-")
-            raise click.ClickException(
-                f"{option}: {value} was given but the run in {folder} has {before}; {remedy}"
-            )
-    if saved["text"] != facts["text"]:
-        raise click.ClickException(f"--data: the run in {folder} read another text; {remedy}")
-
-
-def prepare_folder(folder: Path, fresh: bool) -> None:
-    """Makes `folder`, and if `fresh` removes what an earlier run left in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            for name in ("metrics.jsonl", "loss.png", "experts.png", "sample.txt"):
-                (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"--output: cannot write {folder}: {error.strerror}.") from error
-
-
-def describe(corpus: Any, trainer: Any, progress: Any, options: dict[str, Any]) -> None:
+def describe(corpus: Corpus, trainer: Any, progress: Any, options: dict[str, Any]) -> None:
     """Prints what is about to be trained on what."""
     import jax
     from flax import nnx
@@ -258,14 +202,14 @@ CONTEXT = {"show_default": True, "max_content_width": 100}
     default=600,
     help="Updates in all, also the length of the learning rate's schedule.",
 )
-@click.option("--batch", type=COUNT, default=16, help="Sequences a step, over all devices.")
+@click.option("--batch", type=COUNT, default=8, help="Sequences a step, over all devices.")
 @click.option("--context", type=click.IntRange(min=8), default=256, help="Bytes a sequence.")
 @click.option("--layers", type=COUNT, default=4, help="Transformer layers.")
-@click.option("--width", type=COUNT, default=192, help="Features of a byte.")
-@click.option("--heads", type=COUNT, default=6, help="Attention heads.")
+@click.option("--width", type=COUNT, default=128, help="Features of a byte.")
+@click.option("--heads", type=COUNT, default=2, help="Attention heads.")
 @click.option("--experts", type=COUNT, default=8, help="Experts a layer.")
 @click.option("--top-k", type=COUNT, default=2, help="Experts a byte.")
-@click.option("--expert-width", type=COUNT, default=256, help="Hidden features of an expert.")
+@click.option("--expert-width", type=COUNT, default=192, help="Hidden features of an expert.")
 @click.option(
     "--shared-experts",
     type=click.IntRange(min=0),
@@ -274,9 +218,9 @@ CONTEXT = {"show_default": True, "max_content_width": 100}
 )
 @click.option(
     "--capacity-factor",
-    type=POSITIVE,
+    type=NOT_NEGATIVE,
     default=1.25,
-    help="Receive buffer over an even share; beyond it assignments drop.",
+    help="Receive buffer over an even share; what finds no room drops. 0: room for everything.",
 )
 @click.option(
     "--balance-weight",
@@ -288,7 +232,7 @@ CONTEXT = {"show_default": True, "max_content_width": 100}
 @click.option(
     "--dropout", type=SHARE, default=0.0, help="Share of each branch's features set to zero."
 )
-@click.option("--learning-rate", type=POSITIVE, default=2e-3, help="AdamW's peak rate.")
+@click.option("--learning-rate", type=POSITIVE, default=3e-3, help="AdamW's peak rate.")
 @click.option(
     "--warmup",
     type=click.IntRange(min=0),
@@ -324,9 +268,7 @@ def command(**options: Any) -> None:
     Run it again to go on from the newest checkpoint in --output. Ctrl-C saves and stops.
     """
     check(options)
-    start_cpu_devices(options["devices"])
-    from moe_lm.data import DataError
-
+    options["capacity_factor"] = options["capacity_factor"] or None
     try:
         signal_name = run(options)
     except DataError as error:

@@ -22,34 +22,35 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint."""
-        return self._manager.latest_step()
-
     def save(self, step: int, state: nnx.State, run: dict[str, Any]) -> None:
         """Writes `state` and the small JSON facts `run`; returns when both are on disk."""
-        if step == self.latest_step():
+        if step == self._manager.latest_step():
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(nnx.to_pure_dict(state)), run=ocp.args.JsonSave(run)
+                state=ocp.args.StandardSave(nnx.to_pure_dict(state)),
+                run=ocp.args.JsonSave({"step": step, **run}),
             ),
         )
 
-    def read_run(self) -> dict[str, Any]:
-        """The JSON facts of the newest checkpoint."""
+    def read_run(self) -> dict[str, Any] | None:
+        """The JSON facts of the newest whole checkpoint, with its `step`; None without one."""
+        if self._manager.latest_step() is None:
+            return None
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
         return self._manager.restore(self._manager.latest_step(), args=args)["run"]
 
     def restore(self, abstract_state: nnx.State) -> nnx.State:
-        """The newest state, laid out as `abstract_state` says, whatever mesh it was saved from."""
+        """The newest state, laid out as `abstract_state` says, whatever mesh it was saved from.
+
+        The arrays are put into `abstract_state` itself, which is also what returns.
+        """
         target = nnx.to_pure_dict(abstract_state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         pure = self._manager.restore(self._manager.latest_step(), args=args)["state"]
-        state = abstract_state
-        nnx.replace_by_pure_dict(state, pure)
-        return state
+        nnx.replace_by_pure_dict(abstract_state, pure)
+        return abstract_state
 
     def close(self) -> None:
         self._manager.close()

@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from moe_lm.checkpoint import Checkpoints
-from moe_lm.data import Windows
-from moe_lm.training import Trainer
+from .checkpoint import Checkpoints
+from .data import Windows
+from .training import Trainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -18,17 +18,17 @@ VOCABULARY = 256
 class ModelConfig:
     """Sizes of the transformer. `implementation` names the shuffle's implementation or is None."""
 
-    context: int = 256
-    layers: int = 4
-    width: int = 192
-    heads: int = 6
-    experts: int = 8
-    top_k: int = 2
-    expert_width: int = 256
-    shared_experts: int = 0
-    capacity_factor: float | None = 1.25
-    dropout: float = 0.0
-    implementation: str | None = None
+    context: int
+    layers: int
+    width: int
+    heads: int
+    experts: int
+    top_k: int
+    expert_width: int
+    shared_experts: int
+    capacity_factor: float | None
+    dropout: float
+    implementation: str | None
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -10,9 +10,10 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 INK, BLUE, ORANGE, GREY = "#1b1f24", "#2563a8", "#d1621b", "#9aa4b0"
-_STYLE = {
+_STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
@@ -53,7 +54,7 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def _loss(
     steps: list[dict[str, Any]], lines: list[dict[str, Any]], tokens_per_step: int, title: str
-) -> plt.Figure:
+) -> Figure:
     x = np.array([line["step"] for line in steps]) * tokens_per_step / 1e6
     y = np.array([line["loss"] for line in steps])
     validation = [
@@ -83,7 +84,7 @@ def _loss(
     return figure
 
 
-def _experts(steps: list[dict[str, Any]], title: str) -> plt.Figure:
+def _experts(steps: list[dict[str, Any]], title: str) -> Figure:
     """Each expert's share of its layer over time, and under it the fullest expert and the drops."""
     x = np.array([line["step"] for line in steps])
     tokens = np.array([line["expert_tokens"] for line in steps], dtype=float)

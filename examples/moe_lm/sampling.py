@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_lm.model import empty_caches
-from moe_lm.training import Trainer
+from .model import empty_caches
+from .training import Trainer
 
 
 def generate(

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_lm.model import ModelConfig, Transformer
+from .model import ModelConfig, Transformer
 
 TOKEN_AXES = ("data", "expert")
 
@@ -21,15 +21,15 @@ TOKEN_AXES = ("data", "expert")
 class TrainConfig:
     """How the model is trained. Weights scale the router's losses, relative to nats per byte."""
 
-    steps: int = 600
-    batch: int = 16
-    learning_rate: float = 2e-3
-    warmup: int = 40
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    balance_weight: float = 0.01
-    z_weight: float = 0.001
-    seed: int = 0
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    clip: float
+    balance_weight: float
+    z_weight: float
+    seed: int
 
 
 def make_mesh(data: int, expert: int) -> Mesh:
@@ -91,7 +91,7 @@ class Trainer:
             return self._initial()
 
     def train_step(
-        self, state: nnx.State, batch: np.ndarray, key: jax.Array
+        self, state: nnx.State, batch: np.ndarray, key: np.ndarray
     ) -> tuple[nnx.State, dict[str, jax.Array]]:
         """One update from `batch[B, context + 1]`; `state` is given up. Returns before it is done.
 

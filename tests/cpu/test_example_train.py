@@ -10,16 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "train_moe_lm.py"
+import jax_fusco
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_moe_lm.py"
+STEPS = 60
+# Room for everything, so that another mesh drops no other assignments.
 TINY = [
-    *("--layers=2", "--width=32", "--heads=2", "--experts=8", "--expert-width=32", "--dropout=0.1"),
+    *("--layers=1", "--width=32", "--heads=2", "--experts=8", "--expert-width=32", "--dropout=0.1"),
     *("--context=32", "--batch=8", "--eval-every=20", "--eval-batches=1", "--sample-bytes=24"),
-    *("--warmup=4", "--learning-rate=0.01", "--max-minutes=0"),
+    *("--warmup=4", "--learning-rate=0.01", "--capacity-factor=0", "--max-minutes=0"),
+    f"--steps={STEPS}",
 ]
 
 
@@ -38,8 +43,13 @@ def arguments(text: Path, output: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
+    package = str(Path(jax_fusco.__file__).parents[1])
+    return {
+        **os.environ,
+        # Most of the time goes into compiling.
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+    }
 
 
 def train(text: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +58,7 @@ def train(text: Path, output: Path, *more: str) -> subprocess.CompletedProcess[s
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
 
 
@@ -66,29 +76,17 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in metrics(output) if "loss" in line]
 
 
-def checkpoint(output: Path, step: int) -> dict:
-    """The saved arrays, as NumPy ones by path."""
+def checkpoint(output: Path) -> dict[str, np.ndarray]:
+    """The arrays of the last checkpoint by their paths."""
+    folder = (output / "checkpoints" / str(STEPS) / "state").absolute()
     with ocp.StandardCheckpointer() as reader:
-        path = (output / "checkpoints" / str(step) / "state").absolute()
-        meta = reader.metadata(path)
-        item = getattr(meta, "item_metadata", meta)
-        target = jax_tree_map_numpy(item)
-        return flatten(reader.restore(path, target))
+        shapes = reader.metadata(folder).item_metadata
+        empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        leaves = jax.tree.leaves_with_path(reader.restore(folder, empty))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def jax_tree_map_numpy(tree):
-    import jax
-
-    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
-
-
-def flatten(tree, prefix: str = "") -> dict:
-    if isinstance(tree, dict):
-        return {k: v for name in tree for k, v in flatten(tree[name], f"{prefix}/{name}").items()}
-    return {prefix: tree}
-
-
-def started(text: Path, output: Path, *more: str) -> subprocess.Popen:
+def started(text: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         arguments(text, output, *more),
         env=environment(),
@@ -98,54 +96,50 @@ def started(text: Path, output: Path, *more: str) -> subprocess.Popen:
     )
 
 
-def wait_for_step(output: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
-    while not (output / "metrics.jsonl").exists() or len(losses_so_far(output)) < step:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, "no steps in 90 s"
+def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
+    log = output / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not log.exists() or log.read_text().count("\n") < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def losses_so_far(output: Path) -> list[str]:
-    return (output / "metrics.jsonl").read_text().split("\n")
 
 
 @pytest.fixture(scope="session")
 def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 60 steps that nothing interrupts."""
+    """A run that nothing interrupts."""
     output = tmp_path_factory.mktemp("whole")
-    printed = succeed(text, output, "--steps=60", "--save-every=20")
-    assert "mesh: data 1 x expert 4" in printed
+    printed = succeed(text, output, "--implementation=fused", "--save-every=20")
+    assert "mesh: data 1 x expert 4, shuffle: fused" in printed
     return output
 
 
 def test_learns_and_writes_everything(whole: Path) -> None:
     got = losses(whole)
-    assert len(got) == 60
+    assert len(got) == STEPS
     assert np.mean(got[-5:]) < 0.6 * np.mean(got[:5])
     validation = [line["validation_loss"] for line in metrics(whole) if "validation_loss" in line]
-    assert len(validation) == 3
+    assert len(validation) == STEPS // 20
     assert validation[-1] < validation[0]
     for name in ("loss.png", "experts.png"):
         assert (whole / name).read_bytes().startswith(b"\x89PNG")
     assert (whole / "sample.txt").read_text().count("----") == 3
     last = metrics(whole)[-2]
-    tokens = np.array(last["expert_tokens"])
-    assert tokens.shape == (2, 8)
+    assert np.sum(last["expert_tokens"], axis=1).tolist() == [8 * 32 * 2]
     assert 1 <= last["load"] <= 8
-    assert 0 <= last["dropped"] < 1
-    assert tokens.sum() == 2 * 8 * 32 * 2
+    assert last["dropped"] == 0
 
 
 def test_resume_after_kill_is_bit_for_bit(text: Path, whole: Path, tmp_path: Path) -> None:
-    process = started(text, tmp_path, "--steps=60", "--save-every=20")
+    options = ("--implementation=fused", "--save-every=20")
+    process = started(text, tmp_path, *options)
     wait_for_step(tmp_path, 30, process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    assert not (tmp_path / "checkpoints" / "60").exists()
-    assert "resuming from step" in succeed(text, tmp_path, "--steps=60", "--save-every=20")
+    assert not (tmp_path / "checkpoints" / str(STEPS)).exists()
+    assert "resuming from step" in succeed(text, tmp_path, *options)
     assert losses(tmp_path) == losses(whole)
-    want, got = checkpoint(whole, 60), checkpoint(tmp_path, 60)
+    want, got = checkpoint(whole), checkpoint(tmp_path)
     assert want.keys() == got.keys()
     for name in want:
         np.testing.assert_array_equal(want[name], got[name], err_msg=name, strict=True)
@@ -153,28 +147,25 @@ def test_resume_after_kill_is_bit_for_bit(text: Path, whole: Path, tmp_path: Pat
 
 
 def test_interrupt_saves_and_another_mesh_goes_on(text: Path, whole: Path, tmp_path: Path) -> None:
-    often = ("--steps=60", "--save-every=1000", "--capacity-factor=16")
-    process = started(text, tmp_path, *often)
+    process = started(text, tmp_path, "--save-every=1000")
     wait_for_step(tmp_path, 5, process)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=280)
     assert process.returncode == 130, printed
     assert "Stopped by SIGINT at step" in printed
     step = len(losses(tmp_path))
+    assert 5 <= step < STEPS
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
-    printed = succeed(text, tmp_path, *often, "--devices=8", "--mesh=2x4")
-    assert f"resuming from step {step} of 60" in printed
+    printed = succeed(text, tmp_path, "--save-every=1000", "--devices=8", "--mesh=2x4")
+    assert f"resuming from step {step} of {STEPS}" in printed
     assert "mesh: data 2 x expert 4" in printed
-    assert len(losses(tmp_path)) == 60
-    assert losses(tmp_path)[-1] < losses(tmp_path)[step]
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=2e-3)
 
 
-def test_fused_and_xla_train_alike(text: Path, tmp_path: Path) -> None:
-    runs = {}
-    for name in ("fused", "xla"):
-        succeed(text, tmp_path / name, "--steps=12", f"--implementation={name}", "--mesh=2x2")
-        runs[name] = losses(tmp_path / name)
-    np.testing.assert_allclose(runs["fused"], runs["xla"], rtol=2e-5)
+def test_fused_and_xla_train_alike(text: Path, whole: Path, tmp_path: Path) -> None:
+    succeed(text, tmp_path, "--implementation=xla")
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=2e-3)
+    np.testing.assert_allclose(losses(tmp_path)[:10], losses(whole)[:10], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +178,7 @@ def test_fused_and_xla_train_alike(text: Path, tmp_path: Path) -> None:
         (["--top-k=9"], "--top-k: 9 is more than the 8 experts there are."),
         (["--batch=6"], "--batch: 6 sequences cannot be divided over 4 devices."),
         (["--steps=0"], "Invalid value for '--steps': 0 is not in the range x>=1."),
-        (["--stepps=3"], "No such option: --stepps Did you mean --steps?"),
+        (["--stepps=3"], "No such option '--stepps'. Did you mean '--steps'?"),
     ],
 )
 def test_bad_arguments_get_one_sentence(
@@ -199,7 +190,7 @@ def test_bad_arguments_get_one_sentence(
 
 
 def test_other_options_do_not_continue_a_run(text: Path, whole: Path) -> None:
-    done = train(text, whole, "--width=64", "--steps=60")
+    done = train(text, whole, "--width=64")
     assert done.returncode == 2
     assert done.stderr == (
         f"Error: --width: 64 was given but the run in {whole} has 32; "
