@@ -48,9 +48,11 @@ def summary(case: dict[str, Any]) -> dict[str, dict[str, float]]:
             row["peak_over_needed"] = peak
         rows[op] = row
     if "plan" in rows and "dispatch" in rows:
-        rows["plan"]["of_dispatch"] = round(
-            rows["plan"]["ours_ms"] / rows["dispatch"]["ours_ms"], 4
-        )
+        share = rows["plan"]["ours_ms"] / rows["dispatch"]["ours_ms"]
+        rows["plan"]["of_dispatch"] = round(share, 4)
+    launch = best(case["ops"].get("plan", {"timings": {}})["timings"], "launch")
+    if launch:
+        rows["plan"]["launch_ms"] = launch[1]
     return rows
 
 
@@ -75,9 +77,12 @@ def print_case(console: Console, case: dict[str, Any], title: str) -> None:
             times = [_number(row.get(f"over_{rival}/helped")) for rival in RIVALS]
             table.add_row("  helped rivals", "", "", *helped, "", *times, "", "")
     console.print(table)
-    share = short.get("plan", {}).get("of_dispatch")
-    if share is not None:
-        console.print(f"The plan takes {100 * share:.1f} % of the dispatch it serves.\n")
+    plan = short.get("plan", {})
+    if plan.keys() >= {"of_dispatch", "launch_ms"}:
+        console.print(
+            f"The plan takes {100 * plan['of_dispatch']:.1f} % of the dispatch it serves; "
+            f"{plan['launch_ms']:.2g} ms of it are what any call takes.\n"
+        )
 
 
 def document(cases: list[dict[str, Any]], command: str) -> dict[str, Any]:

@@ -76,6 +76,7 @@ FAMILIES = (
     "padded/helped",
     "limit",
     "limit/once",
+    "launch",
 )
 
 
@@ -245,5 +246,5 @@ def rivals_for(op: str, sizes: Sizes) -> list[Rival]:
         return [ring("u16"), padded("u16")]
     rivals = [ring("u16"), ring("u16", reduce="all_to_all"), padded("u16"), padded("u32")]
     if op == "combine":
-        return [*rivals, ring(sums="scatter16"), padded("u16", "scatter16")]
+        return [*rivals, ring(sums="scatter16")]
     return [*rivals, ring("u32")]

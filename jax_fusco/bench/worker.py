@@ -19,8 +19,9 @@ from jax_fusco.bench.check import Oracle
 from jax_fusco.bench.limit import CopyLimit
 from jax_fusco.bench.rivals import Shuffle, family_of, rivals_for
 
-CLOSE = 1.15
-"""Formulations within this factor of their family's fastest in the first two runs are finalists."""
+CLOSE, SLOW_S = 1.15, 0.5
+"""A formulation within the factor `CLOSE` of its family's fastest in the first two runs goes into
+the final too, unless they take longer than `SLOW_S`."""
 
 MOVES = ("dispatch", "forward", "train")
 """Operations whose time depends on what the rows past the last group hold."""
@@ -77,6 +78,9 @@ class Worker:
         if op not in ("plan", "layer"):
             contestants["limit"] = functools.partial(self.limit.seconds, op)
             contestants["limit/once"] = functools.partial(self.limit.seconds, op, "once")
+        if op == "plan":
+            launch = self.case.jit(lambda ids: ids + 1)
+            contestants["launch"] = functools.partial(measure.seconds, launch, (self.case.ids,))
         repeats = self.case.spec.repeats
         rounds = min(repeats, ROUNDS.get(op, repeats))
         timings = measure.in_turn(contestants, rounds, self.chill)
@@ -108,7 +112,9 @@ def _finalists(first: dict[str, float]) -> list[str]:
     chosen: list[str] = []
     for group in dict.fromkeys(map(family_of, first)):
         ranked = sorted((value, name) for name, value in first.items() if family_of(name) == group)
-        chosen += [name for value, name in ranked[:2] if value <= CLOSE * ranked[0][0]]
+        fastest = ranked[0][0]
+        worst = fastest if fastest > SLOW_S else CLOSE * fastest
+        chosen += [name for value, name in ranked[:2] if value <= worst]
     return chosen
 
 
