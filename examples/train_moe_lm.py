@@ -199,7 +199,7 @@ CONTEXT = {"show_default": True, "max_content_width": 100}
 @click.option(
     "--steps",
     type=COUNT,
-    default=600,
+    default=1000,
     help="Updates in all, also the length of the learning rate's schedule.",
 )
 @click.option("--batch", type=COUNT, default=8, help="Sequences a step, over all devices.")
