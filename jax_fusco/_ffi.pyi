@@ -1,5 +1,6 @@
-from types import CapsuleType
 from typing import TypedDict
+
+from typing_extensions import CapsuleType
 
 class Handlers(TypedDict):
     instantiate: CapsuleType

@@ -1,17 +1,17 @@
 // Times the engine against the machine's own limits, without XLA. Not a test; run by hand:
-//   bench_engine [repeats]
-// Every quantity is timed in turn with the others, so that a busy neighbour hurts all alike, and the
-// median over the repeats is printed. Destinations are fresh memory each time, as XLA's results are.
-#include <sys/mman.h>
+//   bench_engine [repeats [cpu]]
+// With `cpu` it counts the threads' processor time in place of the wall clock: on a busy machine.
+// Every quantity is timed in turn with the others, so that a busy neighbour hurts all alike, and
+// the median over the repeats is printed. Destinations are fresh memory each time, as XLA's results
+// are.
+#include <time.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
-#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
@@ -25,23 +25,18 @@
 namespace jax_fusco::cpu {
 namespace {
 
-// Memory straight from the system.
+// Memory as XLA's CPU client gets it: large pieces come straight from the system each time.
 class Fresh {
  public:
-  explicit Fresh(int64_t bytes) : bytes_(static_cast<size_t>(std::max<int64_t>(bytes, 4096))) {
-    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data_ == MAP_FAILED) std::abort();
+  explicit Fresh(int64_t bytes)
+      : data_(std::aligned_alloc(64, static_cast<size_t>((bytes + 64) / 64 * 64))) {
+    if (data_ == nullptr) std::abort();
   }
-  Fresh(Fresh&& other) noexcept : bytes_(other.bytes_), data_(other.data_) {
-    other.data_ = nullptr;
-  }
-  ~Fresh() {
-    if (data_ != nullptr) munmap(data_, bytes_);
-  }
+  Fresh(Fresh&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  ~Fresh() { std::free(data_); }
   char* get() const { return static_cast<char*>(data_); }
 
  private:
-  size_t bytes_;
   void* data_;
 };
 
@@ -54,11 +49,17 @@ Fresh Warm(int64_t bytes) {
   return memory;
 }
 
+bool count_processor_time = false;
+
 double Milliseconds(const std::function<void()>& body) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto now = [] {
+    timespec time;
+    clock_gettime(count_processor_time ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &time);
+    return static_cast<double>(time.tv_sec) * 1e3 + static_cast<double>(time.tv_nsec) / 1e6;
+  };
+  const double start = now();
   body();
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
-      .count();
+  return now() - start;
 }
 
 struct Shape {
@@ -78,17 +79,13 @@ class Bench {
       y_.push_back(Warm(used_[static_cast<size_t>(r)] * row_));
     }
     total_ = std::accumulate(used_.begin(), used_.end(), int64_t{0}) * row_;
-    source_ = std::make_unique<Fresh>(Warm(total_));
   }
 
   void Run(int repeats) {
     const std::vector<std::pair<std::string, std::function<double()>>> cases = {
-        {"copy", [&] { return Copy(); }},
-        {"dispatch", [&] { return Dispatch(); }},
-        {"read", [&] { return Read(); }},
-        {"combine", [&] { return Combine(); }},
-        {"scale", [&] { return Weighted(); }},
-        {"plan", [&] { return Plan(); }},
+        {"copy", [&] { return Copy(); }},      {"dispatch", [&] { return Dispatch(); }},
+        {"read", [&] { return Read(); }},      {"combine", [&] { return Combine(); }},
+        {"scale", [&] { return Weighted(); }}, {"plan", [&] { return Plan(); }},
     };
     std::map<std::string, std::vector<double>> times;
     for (int i = 0; i < repeats; ++i) {
@@ -99,7 +96,8 @@ class Bench {
     for (const auto& [label, at] : {std::pair<const char*, size_t>{"median", repeats / 2},
                                     std::pair<const char*, size_t>{"best", 0}}) {
       std::printf("  %-6s", label);
-      for (const auto& [name, body] : cases) std::printf("  %s %.2f", name.c_str(), times[name][at]);
+      for (const auto& [name, body] : cases)
+        std::printf("  %s %.2f", name.c_str(), times[name][at]);
       std::printf(" ms | copy/dispatch %.2f  read/combine %.2f  plan %.1f%%\n",
                   times["copy"][at] / times["dispatch"][at],
                   times["read"][at] / times["combine"][at],
@@ -236,43 +234,64 @@ class Bench {
     return Time(jobs);
   }
 
-  // The limit of a dispatch: as many bytes from one place to fresh memory on huge pages, by all
-  // threads. Large memcpys and small ones store differently: the faster counts.
-  double Copy() { return std::min(CopyIn(2 << 20), CopyIn((total_ + 1) / settings_.threads)); }
+  // The limit of a dispatch: as many bytes from one place to as many fresh buffers, on huge pages,
+  // by all threads. Large memcpys and small ones store differently: the faster counts.
+  double Copy() { return std::min(CopyIn(2 << 20), CopyIn(1 << 30)); }
 
-  double CopyIn(int64_t chunk) {
-    Fresh out(total_);
+  double CopyIn(int64_t piece) {
+    std::vector<Fresh> out;
+    for (int64_t rows : used_) out.emplace_back(rows * row_);
     return Milliseconds([&] {
-      AdviseHugePages(out.get(), total_);
-      Workers::ParallelFor(settings_.threads, (total_ + chunk - 1) / chunk, [&](int64_t i) {
-        std::memcpy(out.get() + i * chunk, source_->get() + i * chunk,
-                    static_cast<size_t>(std::min(chunk, total_ - i * chunk)));
+      const auto pieces = Pieces(piece);
+      for (size_t r = 0; r < out.size(); ++r) AdviseHugePages(out[r].get(), used_[r] * row_);
+      Workers::ParallelFor(settings_.threads, static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+        const Piece& at = pieces[static_cast<size_t>(i)];
+        std::memcpy(out[at.rank].get() + at.begin, y_[at.rank].get() + at.begin,
+                    static_cast<size_t>(at.bytes));
       });
     });
   }
 
-  // The limit of a combine: y read once from end to end, and the result written.
+  // The limit of a combine: y read once from end to end, and the results written.
   double Read() {
-    constexpr int64_t kChunk = 2 << 20;
-    const int64_t written = shape_.ranks * shape_.tokens * row_;
-    Fresh out(written);
-    const int64_t chunks = (total_ + kChunk - 1) / kChunk;
+    std::vector<Fresh> out;
+    const int64_t written = shape_.tokens * row_;
+    for (size_t r = 0; r < used_.size(); ++r) out.emplace_back(written);
     return Milliseconds([&] {
-      AdviseHugePages(out.get(), written);
-      Workers::ParallelFor(settings_.threads, chunks, [&](int64_t i) {
-        const int64_t end = std::min(kChunk, total_ - i * kChunk);
-        const auto* from = reinterpret_cast<const uint64_t*>(source_->get() + i * kChunk);
+      const auto pieces = Pieces(2 << 20);
+      for (Fresh& memory : out) AdviseHugePages(memory.get(), written);
+      Workers::ParallelFor(settings_.threads, static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+        const Piece& at = pieces[static_cast<size_t>(i)];
+        const auto* from = reinterpret_cast<const uint64_t*>(y_[at.rank].get() + at.begin);
         uint64_t bits[8] = {};
-        for (int64_t at = 0; at + 8 <= end / 8; at += 8) {
-          for (int64_t lane = 0; lane < 8; ++lane) bits[lane] ^= from[at + lane];
+        for (int64_t word = 0; word + 8 <= at.bytes / 8; word += 8) {
+          for (int64_t lane = 0; lane < 8; ++lane) bits[lane] ^= from[word + lane];
         }
-        const int64_t first = written * i / chunks / 64 * 64;
-        const int64_t last = written * (i + 1) / chunks / 64 * 64;
-        std::memset(out.get() + first, static_cast<int>(bits[0] | 1),
+        const int64_t all = used_[at.rank] * row_;
+        const int64_t first = written * at.begin / all / 64 * 64;
+        const int64_t last = written * (at.begin + at.bytes) / all / 64 * 64;
+        std::memset(out[at.rank].get() + first, static_cast<int>(bits[0] | 1),
                     static_cast<size_t>(last - first));
         for (uint64_t lane : bits) sink_ = sink_ ^ lane;
       });
     });
+  }
+
+  struct Piece {
+    size_t rank;
+    int64_t begin;
+    int64_t bytes;
+  };
+
+  // All ranks' rows in pieces.
+  std::vector<Piece> Pieces(int64_t bytes) const {
+    std::vector<Piece> pieces;
+    for (size_t r = 0; r < used_.size(); ++r) {
+      for (int64_t at = 0; at < used_[r] * row_; at += bytes) {
+        pieces.push_back({r, at, std::min(bytes, used_[r] * row_ - at)});
+      }
+    }
+    return pieces;
   }
 
   Shape shape_;
@@ -283,7 +302,6 @@ class Bench {
   std::vector<std::vector<int32_t>> ids_, ints_;
   std::vector<int64_t> used_;
   std::vector<Fresh> x_, y_;
-  std::unique_ptr<Fresh> source_;
   volatile uint64_t sink_ = 0;
 };
 
@@ -292,6 +310,7 @@ class Bench {
 
 int main(int argc, char** argv) {
   const int repeats = argc > 1 ? std::atoi(argv[1]) : 15;
+  jax_fusco::cpu::count_processor_time = argc > 2;
   using jax_fusco::cpu::Shape;
   for (const Shape& shape : {Shape{"Qwen3-30B-A3B 4r", 4, 2048, 2048, 128, 8, false},
                              Shape{"Qwen3 4r, exact", 4, 2048, 2048, 128, 8, true},

@@ -5,6 +5,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace jax_fusco::cpu {
@@ -13,19 +14,12 @@ namespace {
 // Smaller ranges are cheaper to write than to hand back.
 constexpr int64_t kReleaseFrom = 2 * kHugePage;
 
-// The part of [data, data + bytes) that consists of whole huge pages.
-struct Interior {
-  char* begin;
-  int64_t bytes;
-
-  Interior(void* data, int64_t bytes_in) {
-    const auto first = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t aligned = (first + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t end = (first + static_cast<uintptr_t>(bytes_in)) / kHugePage * kHugePage;
-    begin = static_cast<char*>(data) + (aligned - first);
-    bytes = end > aligned ? static_cast<int64_t>(end - aligned) : 0;
-  }
-};
+uintptr_t Down(uintptr_t address, int64_t multiple) {
+  return address - address % static_cast<uintptr_t>(multiple);
+}
+uintptr_t Up(uintptr_t address, int64_t multiple) {
+  return Down(address + static_cast<uintptr_t>(multiple) - 1, multiple);
+}
 
 #if defined(__linux__)
 // Gives the pages back. False if the memory may hold something else than zeros now.
@@ -57,28 +51,31 @@ bool HugePagesAvailable() {
 
 void AdviseHugePages(void* data, int64_t bytes) {
 #if defined(__linux__)
-  const Interior interior(data, bytes);
-  if (interior.bytes > 0) {
-    madvise(interior.begin, static_cast<size_t>(interior.bytes), MADV_HUGEPAGE);
-  }
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = Up(address, kHugePage);
+  const uintptr_t last = Down(address + static_cast<uintptr_t>(bytes), kHugePage);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)data;
   (void)bytes;
 #endif
 }
 
-void FillZero(void* data, int64_t bytes) {
+int64_t ReleaseAsZero(void* data, int64_t bytes) {
 #if defined(__linux__)
-  const Interior interior(data, bytes);
-  if (interior.bytes >= kReleaseFrom && Release(interior.begin, interior.bytes)) {
-    char* const begin = static_cast<char*>(data);
-    char* const interior_end = interior.begin + interior.bytes;
-    std::memset(begin, 0, static_cast<size_t>(interior.begin - begin));
-    std::memset(interior_end, 0, static_cast<size_t>(begin + bytes - interior_end));
-    return;
-  }
+  // From a huge page on, so that the one before it, which gets rows, may be huge. To the last page.
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t end = address + static_cast<uintptr_t>(bytes);
+  const uintptr_t first = Up(address, kHugePage);
+  const uintptr_t last = Down(end, sysconf(_SC_PAGESIZE));
+  if (last < first + kReleaseFrom) return bytes;
+  if (!Release(reinterpret_cast<char*>(first), static_cast<int64_t>(last - first))) return bytes;
+  std::memset(reinterpret_cast<void*>(last), 0, end - last);
+  return static_cast<int64_t>(first - address);
+#else
+  (void)data;
+  return bytes;
 #endif
-  if (bytes > 0) std::memset(data, 0, static_cast<size_t>(bytes));
 }
 
 }  // namespace jax_fusco::cpu

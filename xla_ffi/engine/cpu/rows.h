@@ -21,16 +21,21 @@ inline constexpr int kNumFloats = 4;
 inline int64_t SizeOf(Float type) { return type == Float::kF64 ? 8 : type == Float::kF32 ? 4 : 2; }
 
 struct RowKernels {
+  // Copies n rows to consecutive places past the caches, for results that are larger than them: a
+  // null source is a row of zeros. The next row is fetched while one is written.
+  using StreamRows = void (*)(void* to, const void* const* from, int64_t n, int64_t bytes);
   // out[i] = round(sum over j < n, ascending from +0, of weights[j] * rows[j][i]), each step one
-  // fused multiply-add, for i < length. `weights` are of the type of the sum.
+  // fused multiply-add, for i < length. `weights` are of the type of the sum. `next` are n rows
+  // that will probably be read soon.
   using SumRows = void (*)(const void* const* rows, const void* weights, int64_t n, int64_t length,
-                           void* out);
+                           void* out, const void* const* next);
   // dy[i] = round(weight * g[i]); *dot = <g, y>. `weight` and `dot` are of the type of the sum. The
   // dot has 16 partial sums, element i in sum i % 16, added up as a balanced tree whose first step
-  // adds sum i + 8 to sum i.
+  // adds sum i + 8 to sum i. `next_g` will probably be read soon.
   using ScaleAndDot = void (*)(const void* g, const void* y, const void* weight, int64_t length,
-                               void* dy, void* dot);
+                               void* dy, void* dot, const void* next_g);
 
+  StreamRows stream_rows;
   SumRows sum_rows[kNumFloats][kNumFloats];           // [type of y][type of out]
   ScaleAndDot scale_and_dot[kNumFloats][kNumFloats];  // [type of g][type of y and dy]
 

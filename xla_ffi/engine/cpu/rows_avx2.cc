@@ -26,6 +26,21 @@ inline __m256 WidenBf16(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
+struct Line {
+  __m256i low, high;
+
+  static Line Zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Line Load(const char* from) {
+    const auto* at = reinterpret_cast<const __m256i*>(from);
+    return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+  }
+  void Stream(char* to) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, high);
+  }
+  static void Fence() { _mm_sfence(); }
+};
+
 struct F32x16 {
   __m256 low, high;
 

@@ -22,6 +22,15 @@ inline __m256i RoundToBf16(__m512 value) {
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
 }
 
+struct Line {
+  __m512i v;
+
+  static Line Zero() { return {_mm512_setzero_si512()}; }
+  static Line Load(const char* from) { return {_mm512_loadu_si512(from)}; }
+  void Stream(char* to) const { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v); }
+  static void Fence() { _mm_sfence(); }
+};
+
 struct F32x16 {
   __m512 v;
 

@@ -57,6 +57,19 @@ Lanes<Scalar> Mul(const Lanes<Scalar>& a, const Lanes<Scalar>& b) {
   return out;
 }
 
+struct Line {
+  char bytes[64];
+
+  static Line Zero() { return {}; }
+  static Line Load(const char* from) {
+    Line line;
+    std::memcpy(line.bytes, from, sizeof(line.bytes));
+    return line;
+  }
+  void Stream(char* to) const { std::memcpy(to, bytes, sizeof(bytes)); }
+  static void Fence() {}
+};
+
 using F32x16 = Lanes<float>;
 using F64x16 = Lanes<double>;
 
