@@ -45,7 +45,7 @@ def draw(cases: list[dict[str, Any]], path: pathlib.Path) -> bool:
     for axis, case in zip(axes.flat, wide, strict=False):
         _panel(axis, case)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
         "Moving MoE tokens to their experts and back: time, jax_fusco = 1 (less is better)"
     )
@@ -66,9 +66,9 @@ def _panel(axis: Any, case: dict[str, Any]) -> None:
             if found and ours:
                 heights.append(found[1] / ours[1])
                 positions.append(index + (place - (len(BARS) - 1) / 2) * width)
-                texts.append(f"{found[1]:.0f} ms" if found[1] >= 10 else f"{found[1]:.2g} ms")
+                texts.append(f"{found[1]:.0f}" if found[1] >= 10 else f"{found[1]:.2g}")
         bars = axis.bar(positions, heights, width, color=color, label=label)
-        axis.bar_label(bars, texts, fontsize=6.5, padding=1)
+        axis.bar_label(bars, texts, fontsize=8, padding=1)
     axis.axhline(1, color="#1b7837", linewidth=0.6, linestyle=":")
     axis.set_xticks(range(len(ops)), [OPS[op] for op in ops])
     axis.set_title(

@@ -26,6 +26,9 @@ the final too, unless they take longer than `SLOW_S`."""
 MOVES = ("dispatch", "forward", "train")
 """Operations whose time depends on what the rows past the last group hold."""
 
+LIMIT_FROM = 8 << 20
+"""Bytes of rows from which copies are a limit; of fewer, what a call takes is."""
+
 ROUNDS = {"train": 3, "layer": 3}
 """Most rounds of the slow operations."""
 
@@ -75,7 +78,7 @@ class Worker:
         yield {"event": "progress", "text": f"{op}: timing in turn"}
         finalists = _finalists(first)
         contestants = {name: functools.partial(measure.seconds, *calls[name]) for name in finalists}
-        if op not in ("plan", "layer"):
+        if op not in ("plan", "layer") and self.rows_bytes >= LIMIT_FROM:
             contestants["limit"] = functools.partial(self.limit.seconds, op)
             contestants["limit/once"] = functools.partial(self.limit.seconds, op, "once")
         if op == "plan":
