@@ -46,9 +46,7 @@ def draw(cases: list[dict[str, Any]], path: pathlib.Path) -> bool:
         _panel(axis, case)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(
-        "Moving MoE tokens to their experts and back: time, jax_fusco = 1 (less is better)"
-    )
+    figure.suptitle("Moving MoE tokens to their experts and back: time, jax_fusco = 1 (labels: ms)")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
