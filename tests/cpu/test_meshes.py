@@ -160,8 +160,9 @@ def test_partly_manual(implementation, axis_type, how):
 
 
 @both
-def test_partly_manual_gradients(implementation):
-    mesh = make_mesh({"data": 2, "expert": 4})
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_partly_manual_gradients(implementation, axis_type):
+    mesh = make_mesh({"data": 2, "expert": 4}, axis_type=axis_type)
     ids, x, weights = inputs((4,))
 
     def loss(ids, x, weights):
@@ -173,7 +174,8 @@ def test_partly_manual_gradients(implementation):
     options = {"in_specs": spec, "out_specs": spec}
     partly = sharded(squeezed(grad, 1), mesh, axis_names={"expert"}, **options)
     wholly = sharded(squeezed(grad, 1), make_mesh(4), **options)
-    jax.tree.map(assert_same_bits, partly(ids, x, weights), wholly(ids, x, weights))
+    placed = place(mesh, P("expert", "data"), ids, x, weights)
+    jax.tree.map(assert_same_bits, partly(*placed), wholly(ids, x, weights))
 
 
 @both
