@@ -15,11 +15,15 @@ Status RaggedAllToAllJob::Run(const std::vector<const Job*>& ranks,
   std::vector<Block> blocks;
   int64_t bytes = 0;
   for (size_t s = 0; s < jobs.size(); ++s) {
-    const RaggedAllToAllJob& from = *jobs[s];
-    if (from.operand.bytes != operand.bytes || from.result.bytes != operand.bytes) {
+    if (jobs[s]->operand.bytes != operand.bytes || jobs[s]->result.bytes != operand.bytes) {
       return Disagree(kCall, s, "the size of a row");
     }
-    if (from.slices_per_rank != slices_per_rank) return Disagree(kCall, s, "the number of slices");
+    if (jobs[s]->slices_per_rank != slices_per_rank) {
+      return Disagree(kCall, s, "the number of slices");
+    }
+  }
+  for (size_t s = 0; s < jobs.size(); ++s) {
+    const RaggedAllToAllJob& from = *jobs[s];
     for (int64_t i = 0; i < slices_per_rank * static_cast<int64_t>(jobs.size()); ++i) {
       const int64_t p = i / slices_per_rank;
       const RaggedAllToAllJob& to = *jobs[static_cast<size_t>(p)];

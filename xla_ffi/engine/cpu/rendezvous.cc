@@ -244,7 +244,7 @@ bool CallSite::Arrive(const Arrival& arrival, std::unique_ptr<Job> job, Done don
   std::vector<const Job*> jobs;
   for (const Call::Rank& entry : call->ranks) jobs.push_back(entry.job.get());
   try {
-    *status = jobs[rank]->Run(jobs, settings);
+    *status = jobs[0]->Run(jobs, settings);
   } catch (const std::exception& error) {
     *status = Status::Internal(Concat(name, ": ", error.what(), "."));
   }

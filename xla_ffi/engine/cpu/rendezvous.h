@@ -21,8 +21,8 @@ namespace jax_fusco::cpu {
 class Job {
  public:
   virtual ~Job() = default;
-  // Does the work of all ranks, `ranks` in rank order, `this` one of them. Checks first that they
-  // agree; returns when all copies have ended.
+  // Does the work of all ranks, `ranks` in rank order, `this` the first of them. Checks first that
+  // they agree; returns when all copies have ended.
   virtual Status Run(const std::vector<const Job*>& ranks, const Settings& settings) const = 0;
 };
 
