@@ -1,0 +1,220 @@
+// Ranks that do not come, come wrongly or come late, and settings that make no sense: who hears
+// which sentence, and that the next call works.
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "tests/native/check.h"
+#include "tests/native/meeting.h"
+#include "xla_ffi/engine/cpu/settings.h"
+
+namespace jax_fusco::testing {
+namespace {
+
+using std::string;
+
+struct CountingJob : Job {
+  int* runs;
+  explicit CountingJob(int* runs) : runs(runs) {}
+  Status Run(const std::vector<const Job*>&, const cpu::Settings&) const override {
+    ++*runs;
+    return Status::Ok();
+  }
+};
+
+// A site with short patience, and what its ranks do one after the other.
+class Scene {
+ public:
+  explicit Scene(const char* timeout) { setenv("JAX_FUSCO_TIMEOUT_S", timeout, 1); }
+  ~Scene() { unsetenv("JAX_FUSCO_TIMEOUT_S"); }
+
+  Answer Come(const Arrival& arrival) {
+    Answer answer;
+    answer.Arrive(*site_, arrival, std::make_unique<CountingJob>(&runs_));
+    return answer;
+  }
+  Answer Come(int64_t rank) { return Come(At(5, 7, rank, 4)); }
+  int runs() const { return runs_; }
+
+ private:
+  std::shared_ptr<CallSite> site_ = CallSite::Create("a_call");
+  int runs_ = 0;
+};
+
+// All ranks of a call come, in this order, and the job runs.
+void CheckNextCallWorks(Scene& scene) {
+  setenv("JAX_FUSCO_TIMEOUT_S", "60", 1);
+  const int before = scene.runs();
+  const Answer answers[] = {scene.Come(2), scene.Come(0), scene.Come(3), scene.Come(1)};
+  for (const Answer& answer : answers) CHECK(answer.Wait().ok());
+  CHECK_EQ(scene.runs(), before + 1);
+}
+
+// The sentence with the seconds that were waited taken out.
+string WithoutSeconds(const string& message) {
+  const string before = "did not come within ";
+  const size_t first = message.find(before);
+  const size_t last = message.find(" s (JAX_FUSCO_TIMEOUT_S)");
+  if (first == string::npos || last == string::npos) return message;
+  const string seconds = message.substr(first + before.size(), last - first - before.size());
+  CHECK(std::atof(seconds.c_str()) >= 0.5 && std::atof(seconds.c_str()) < 30);
+  return message.substr(0, first + before.size()) + "#" + message.substr(last);
+}
+
+constexpr char kAdvice[] =
+    "; look for an earlier error on the missing ranks' devices, or for a shuffle under a condition "
+    "that ranks decide differently.";
+
+void MissingRankIsNamed() {
+  Scene scene("0.5");
+  const Answer waiting[] = {scene.Come(3), scene.Come(0), scene.Come(1)};
+  for (const Answer& answer : waiting) {
+    CHECK(!answer.at_once());
+    const Status status = answer.Wait();
+    CHECK(status.code == Code::kDeadlineExceeded);
+    CHECK_EQ(WithoutSeconds(status.message),
+             "a_call: rank 2 did not come within # s (JAX_FUSCO_TIMEOUT_S) to group 7, where ranks "
+             "0, 1, 3 wait" +
+                 string(kAdvice));
+  }
+  const Answer late = scene.Come(2);
+  CHECK(late.at_once());  // at once, and in the same words
+  CHECK(late.Wait().code == Code::kDeadlineExceeded);
+  CHECK_EQ(late.Wait().message, waiting[0].Wait().message);
+  CHECK_EQ(scene.runs(), 0);
+  CheckNextCallWorks(scene);
+  for (const Answer& answer : waiting) CHECK_EQ(answer.calls(), 1);
+}
+
+void MissingRanksAreNamed() {
+  Scene scene("0.5");
+  const Answer waiting = scene.Come(1);
+  const Status status = waiting.Wait();
+  CHECK_EQ(WithoutSeconds(status.message),
+           "a_call: ranks 0, 2, 3 did not come within # s (JAX_FUSCO_TIMEOUT_S) to group 7, where "
+           "rank 1 waits" +
+               string(kAdvice));
+  for (int64_t rank : {3, 0, 2}) {
+    const Answer late = scene.Come(rank);
+    CHECK(late.at_once());
+    CHECK_EQ(late.Wait().message, status.message);
+  }
+  CheckNextCallWorks(scene);
+}
+
+// A rank that skips a call comes to the failed one next: calls are told apart by their number.
+void GoesOnWhileAnotherFailed() {
+  Scene scene("0.5");
+  const Answer first = scene.Come(0);
+  CHECK(!first.Wait().ok());
+  const Answer next = scene.Come(0);  // waits: its peers have not been at this call
+  CHECK(!next.at_once());
+  for (int64_t rank : {1, 2, 3}) CHECK(scene.Come(rank).at_once());
+  for (int64_t rank : {1, 2, 3}) scene.Come(rank);
+  CHECK(next.Wait().ok() || next.Wait().code == Code::kDeadlineExceeded);  // on a slow machine
+  setenv("JAX_FUSCO_TIMEOUT_S", "60", 1);
+  // Other runs and groups are not touched by any of this.
+  const Answer other[] = {scene.Come(At(6, 7, 0, 2)), scene.Come(At(6, 7, 1, 2)),
+                          scene.Come(At(5, 8, 1, 2)), scene.Come(At(5, 8, 0, 2))};
+  for (const Answer& answer : other) CHECK(answer.Wait().ok());
+}
+
+void RankOutOfRange() {
+  Scene scene("20");
+  for (int64_t rank : {-1, 4, 1000}) {
+    const Answer answer = scene.Come(rank);
+    CHECK(answer.at_once() && answer.Wait().code == Code::kInvalidArgument);
+    CHECK_EQ(answer.Wait().message, Concat("a_call: rank is ", rank, ", it must lie in [0, 4)."));
+  }
+  CHECK(scene.Come(At(5, 7, 0, 0)).Wait().code == Code::kInvalidArgument);
+  CheckNextCallWorks(scene);
+}
+
+void TwoDevicesClaimOneRank() {
+  Scene scene("20");
+  const Answer first = scene.Come(1);
+  Arrival twin = At(5, 7, 1, 4);
+  twin.device = 99;
+  const Answer second = scene.Come(twin);
+  CHECK(second.at_once() && second.Wait().code == Code::kInvalidArgument);
+  CHECK_EQ(second.Wait().message,
+           string("a_call: devices 29 and 99 both came as rank 1 of group 7; group must tell apart "
+                  "the devices along every other mesh axis."));
+  CHECK(!first.Here());
+  const Answer rest[] = {scene.Come(0), scene.Come(2), scene.Come(3)};
+  CHECK(first.Wait().ok() && rest[2].Wait().ok());
+  CheckNextCallWorks(scene);
+  twin.run = 6;  // another run may place the ranks otherwise
+  CHECK(!scene.Come(twin).at_once());
+  const Answer more[] = {scene.Come(At(6, 7, 0, 4)), scene.Come(At(6, 7, 2, 4)),
+                         scene.Come(At(6, 7, 3, 4))};
+  CHECK(more[0].Wait().ok() && more[2].at_once());
+}
+
+void PeersOfOtherNumber() {
+  Scene scene("20");
+  const Answer first = scene.Come(1);
+  const Answer second = scene.Come(At(5, 7, 0, 2));
+  CHECK_EQ(second.Wait().message, string("a_call: rank 0 expects 2 ranks, its peers 4."));
+  const Answer rest[] = {scene.Come(0), scene.Come(2), scene.Come(3)};
+  CHECK(first.Wait().ok() && rest[2].at_once());
+}
+
+void SettingsAreChecked() {
+  cpu::Settings settings;
+  CHECK(cpu::Settings::Read(&settings).ok());
+  CHECK(settings.threads >= 1 && settings.timeout_s == 30 && !settings.strict &&
+        settings.isa == cpu::BestIsa());
+  const struct {
+    const char* name;
+    const char* value;
+    const char* message;
+  } bad[] = {
+      {"JAX_FUSCO_THREADS", "0", "'0', it must be a whole number from 1 to 1024."},
+      {"JAX_FUSCO_THREADS", "1.5", "'1.5', it must be a whole number from 1 to 1024."},
+      {"JAX_FUSCO_THREADS", "2x", "'2x', it must be a whole number from 1 to 1024."},
+      {"JAX_FUSCO_TIMEOUT_S", "soon",
+       "'soon', it must be a number of seconds from 0.001 to 1000000."},
+      {"JAX_FUSCO_TIMEOUT_S", "nan",
+       "'nan', it must be a number of seconds from 0.001 to 1000000."},
+      {"JAX_FUSCO_ISA", "mmx", "'mmx', it must be 'generic', 'avx2' or 'avx512'."},
+  };
+  for (const auto& entry : bad) {
+    setenv(entry.name, entry.value, 1);
+    const string expected = Concat(entry.name, " is ", entry.message);
+    CHECK_EQ(cpu::Settings::Read(&settings).message, expected);
+    int runs = 0;
+    Answer answer;
+    answer.Arrive(*CallSite::Create("a_call"), At(0, 0, 0, 2),
+                  std::make_unique<CountingJob>(&runs));
+    CHECK(answer.at_once() && runs == 0);  // every rank hears it at once
+    CHECK_EQ(answer.Wait().message, expected);
+    unsetenv(entry.name);
+  }
+  setenv("JAX_FUSCO_THREADS", "3", 1);
+  setenv("JAX_FUSCO_STRICT", "1", 1);
+  setenv("JAX_FUSCO_ISA", "generic", 1);
+  CHECK(cpu::Settings::Read(&settings).ok());
+  CHECK(settings.threads == 3 && settings.strict && settings.isa == cpu::Isa::kGeneric);
+  for (const char* name : {"JAX_FUSCO_THREADS", "JAX_FUSCO_STRICT", "JAX_FUSCO_ISA"})
+    unsetenv(name);
+}
+
+}  // namespace
+}  // namespace jax_fusco::testing
+
+int main(int argc, char** argv) {
+  using namespace jax_fusco::testing;
+  for (const char* name :
+       {"JAX_FUSCO_THREADS", "JAX_FUSCO_STRICT", "JAX_FUSCO_ISA", "JAX_FUSCO_TIMEOUT_S"}) {
+    unsetenv(name);
+  }
+  return RunTests(argc, argv,
+                  {{"MissingRankIsNamed", MissingRankIsNamed},
+                   {"MissingRanksAreNamed", MissingRanksAreNamed},
+                   {"GoesOnWhileAnotherFailed", GoesOnWhileAnotherFailed},
+                   {"RankOutOfRange", RankOutOfRange},
+                   {"TwoDevicesClaimOneRank", TwoDevicesClaimOneRank},
+                   {"PeersOfOtherNumber", PeersOfOtherNumber},
+                   {"SettingsAreChecked", SettingsAreChecked}});
+}
