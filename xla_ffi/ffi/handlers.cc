@@ -1,7 +1,9 @@
 #include "xla_ffi/ffi/handlers.h"
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
@@ -327,9 +329,13 @@ Outcome Execute(CallState* state, ffi::RunId run, int32_t device, ffi::BufferR0<
 }
 
 ffi::ErrorOr<std::unique_ptr<CallState>> MakeCallState(const char* name) {
-  auto state = std::make_unique<CallState>();
-  state->site = cpu::CallSite::Create(name);
-  return state;
+  try {
+    auto state = std::make_unique<CallState>();
+    state->site = cpu::CallSite::Create(name);
+    return state;
+  } catch (const std::exception& error) {
+    return ffi::Unexpected(ffi::Error::Internal(Concat(name, ": ", error.what())));
+  }
 }
 
 template <int target>

@@ -51,7 +51,7 @@ void FpMode::Apply() const {}
 namespace {
 
 // Starts a detached thread that takes no signals. False where the system has no thread to give.
-bool StartThread(const char* name, std::function<void()> body) {
+bool StartThread(std::function<void()> body) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -62,7 +62,6 @@ bool StartThread(const char* name, std::function<void()> body) {
     started = false;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  (void)name;
   return started;
 }
 
@@ -119,7 +118,7 @@ class Helpers {
   // Offers the loop to `wanted` helpers.
   void Offer(const std::shared_ptr<Loop>& loop) {
     std::lock_guard<std::mutex> lock(mutex_);
-    while (threads_ < loop->wanted && StartThread("jax_fusco_help", [this] { Serve(); })) {
+    while (threads_ < loop->wanted && StartThread([this] { Serve(); })) {
       ++threads_;
     }
     loops_.push_back(loop);
@@ -167,7 +166,7 @@ class OwnThreads {
     if (idle_ >= static_cast<int>(tasks_.size())) {
       wake_.notify_one();
     } else {
-      StartThread("jax_fusco_done", [this] { Serve(); });
+      StartThread([this] { Serve(); });
     }
   }
 
