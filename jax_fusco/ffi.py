@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 from jax.sharding import PartitionSpec
 
 from jax_fusco.mesh import Axis, checked_axes, free_axes, struct, varying_axes
@@ -44,7 +45,7 @@ def _module() -> Any:
     if built[0] != found[0] or built[1] > found[1]:
         raise ImportError(
             f"jax_fusco was built for FFI version {built[0]}.{built[1]}, but jaxlib "
-            f"{jax.lib.__version__} has {found[0]}.{found[1]}: install jaxlib>=0.10.2, or rebuild "
+            f"{jaxlib.__version__} has {found[0]}.{found[1]}: install jaxlib>=0.10.2, or rebuild "
             "jax_fusco against this jaxlib"
         )
     return _ffi
@@ -75,8 +76,8 @@ def _call(
     axis: Axis,
     results: Sequence[tuple[tuple[int, ...], Any]],
     *operands: jax.Array,
+    attributes: dict[str, int] | None = None,
     aliases: dict[int, int] | None = None,
-    **attributes: int,
 ) -> Sequence[jax.Array]:
     """The custom call `jax_fusco_<name>`: `rank` and `group` first, then the operands."""
     register()
@@ -94,7 +95,7 @@ def _call(
             axis.group(),
             *operands,
             num_ranks=axis.size,
-            **attributes,
+            **(attributes or {}),
         )
 
     if inner_axes:
@@ -128,7 +129,7 @@ def plan(
     ]
     results = [(shape, jnp.int32) for shape in shapes]
     attributes = {"num_experts": num_experts, "alignment": alignment}
-    return tuple(_call("plan", axis, results, expert_ids, **attributes))
+    return tuple(_call("plan", axis, results, expert_ids, attributes=attributes))
 
 
 def gather_rows(
@@ -143,7 +144,9 @@ def gather_rows(
     """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero (or untouched) where negative."""
     results = [(source.shape + x.shape[1:], x.dtype) for x in rows]
     attributes = {"fanout": fanout, "zero_tail": int(zero_tail)}
-    return tuple(_call("gather_rows", axis, results, source_rank, source, *rows, **attributes))
+    return tuple(
+        _call("gather_rows", axis, results, source_rank, source, *rows, attributes=attributes)
+    )
 
 
 def gather_rows_weighted(

@@ -212,26 +212,29 @@ def reduce_rows(
         """Rows [T, ...] at (owner, row) [T]: a rank sends what it owns, zeros for the rest."""
         owners, wanted = axis.all_gather(owner), axis.all_gather(row)
         mine = (owners == rank) & (wanted >= 0)
-        if not words.size:
-            return jnp.zeros(shape, words.dtype)
         sent = _mask(mine, words[jnp.where(mine, wanted, 0)])
         received = axis.all_to_all(sent)
         return received[jnp.maximum(owner, 0), jnp.arange(owner.shape[0])]
 
-    # XLA contracts an unrolled sum as it likes; inside a scan over j it is the ordered fma.
+    # XLA contracts an unrolled sum as it likes; in a scan over j it is the ordered fma. The rows
+    # are fetched in a scan of their own: fused with what masks them, products may lose their sums.
     def add(acc: jax.Array, column: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        owner, row, *weight = column
-        value = _from_words(fetch(owner, row), y.dtype).astype(accumulator)
+        row, words_of_row, *weight = column
+        value = _from_words(words_of_row, y.dtype).astype(accumulator)
         if weight:
             value = weight[0].reshape(weight[0].shape + (1,) * (y.ndim - 1)) * value
         present = (row >= 0).reshape(row.shape + (1,) * (y.ndim - 1))
         return jnp.where(present, value + acc, acc), None
 
-    columns = (slot_rank, slot) if weights is None else (slot_rank, slot, weights)
-    columns = tuple(column.T for column in columns)
-    start = vary(jnp.zeros(shape, accumulator), varying_axes(y, columns) | checked_axes(axis))
+    start = vary(jnp.zeros(shape, accumulator), varying_axes(y, slot, weights) | checked_axes(axis))
+    if not slot.size or not words.size:
+        return start.astype(out_dtype)
+    slots = vary((slot_rank.T, slot.T), varying_axes(start))
+    _, fetched = lax.scan(lambda _, column: (None, fetch(*column)), None, slots)
+    columns = (slots[1], fetched) if weights is None else (slots[1], fetched, weights.T)
     out, _ = lax.scan(add, start, vary(columns, varying_axes(start)))
-    return out.astype(out_dtype)
+    # A sum that starts at +0 is never -0, unless XLA takes the +0 away from a single product.
+    return jnp.where(out == 0, 0, out).astype(out_dtype)
 
 
 def ragged_all_to_all(
