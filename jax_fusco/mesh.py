@@ -144,6 +144,19 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(mark, tree)
 
 
+def unshard(tree: Any) -> Any:
+    """`tree` with no leaf sharded over Explicit axes that the enclosing shard_map left free.
+
+    Rows are moved whole, whatever the types of a partly manual mesh say of their parts.
+    """
+
+    def whole(leaf: jax.Array) -> jax.Array:
+        sharded = any(part is not None for part in jax.typeof(leaf).sharding.spec)
+        return jax.reshard(leaf, jax.sharding.PartitionSpec()) if sharded else leaf
+
+    return jax.tree.map(whole, tree) if free_axes() else tree
+
+
 def struct(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a result that varies over `axes`."""
     if not axes:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fusco import ffi, reference
-from jax_fusco.mesh import Axis, checked_axes, vary, varying_axes
+from jax_fusco.mesh import Axis, checked_axes, unshard, vary, varying_axes
 
 IMPLEMENTATIONS = {"xla": reference, "fused": ffi}
 
@@ -43,7 +43,7 @@ class Call:
 
 def plan(call: Call, expert_ids: jax.Array, **static: int) -> tuple[jax.Array, ...]:
     """The integers of a shuffle, in the order of the fields of `Plan`."""
-    return _run(call.implementation, "plan", expert_ids, axis=call.axis, **static)
+    return _run(call.implementation, "plan", unshard(expert_ids), axis=call.axis, **static)
 
 
 # Indices of one shuffle: (slot_rank, slot, source_rank, source).
@@ -164,22 +164,23 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 
 def dispatch(call: Call, rows: tuple[jax.Array, ...], indices: Indices) -> tuple[jax.Array, ...]:
     """Rows to experts. Differentiable in every floating (or complex) array of `rows`."""
-    rows, indices = _same_varying(call, (rows, indices))
+    rows, indices = _alike(call, (rows, indices))
     return _dispatch(call, rows, indices)
 
 
 def combine(call: Call, y: jax.Array, weights: jax.Array | None, indices: Indices) -> jax.Array:
     """Rows back, weighted and summed per token. Differentiable in `y` and `weights`."""
-    y, weights, indices = _same_varying(call, (y, weights, indices))
+    y, weights, indices = _alike(call, (y, weights, indices))
     return _combine(call, y, weights, indices)
 
 
-def _same_varying(call: Call, operands: Any) -> Any:
+def _alike(call: Call, operands: Any) -> Any:
     """Marks all operands as varying over the same axes, so that cotangents have their operands'
     types.
 
     It happens outside the custom_vjp: its transpose is the sum over the axes that were added.
     """
+    operands = unshard(operands)
     return vary(operands, varying_axes(operands) | checked_axes(call.axis))
 
 
@@ -221,5 +222,5 @@ def ragged_all_to_all(
     call: Call, operand: jax.Array, output: jax.Array, tables: tuple[jax.Array, ...]
 ) -> jax.Array:
     """The ragged exchange. Differentiable in `operand` and `output`."""
-    operand, output, tables = _same_varying(call, (operand, output, tables))
+    operand, output, tables = _alike(call, (operand, output, tables))
     return _ragged(call, operand, output, tables)
