@@ -22,6 +22,19 @@ IMPLEMENTATIONS = ("xla", "fused")
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+def cases(names: str, every: Sequence[Any], *, xla: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes over implementation and `names`: "fused" over `every`, "xla" over a part of it.
+
+    Plain XLA takes seconds to compile what the engine compiles in a fraction of one.
+    """
+    assert all(case in every for case in xla)
+    pairs = [("fused", case) for case in every] + [("xla", case) for case in xla]
+    several = "," in names
+    return pytest.mark.parametrize(
+        f"implementation,{names}", [(n, *(case if several else (case,))) for n, case in pairs]
+    )
+
+
 def make_mesh(
     shape: int | Mapping[str, int],
     *,

@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import routings
-from helpers import assert_same_bits, both, per_rank
+from helpers import assert_same_bits, both, cases, per_rank
 
 import jax_fusco as jf
 
@@ -142,9 +142,11 @@ def combine_program(implementation, out_dtypes, weighted=True):
     return run
 
 
-@both
-@pytest.mark.parametrize("weights_dtype", [None, *FLOATS])
-@pytest.mark.parametrize("y_dtype", FLOATS)
+@cases(
+    "y_dtype,weights_dtype",
+    [(y, weights) for y in FLOATS for weights in (None, *FLOATS)],
+    xla=[(FLOATS[0], None), (FLOATS[1], FLOATS[0]), (FLOATS[2], FLOATS[2])],
+)
 def test_combine_rounds_once(implementation, y_dtype, weights_dtype):
     ids, plan, y, weights = combine_case(
         np.random.default_rng(0), y_dtype, weights_dtype or "float32"
@@ -169,8 +171,7 @@ def test_combine_in_float64(implementation):
                 assert_same_bits(value, oracle.combine(y, weights, plan, out))
 
 
-@both
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@cases("dtype", FLOATS, xla=FLOATS[:1])
 def test_sums_that_overflow_or_tie_round_as_ieee_says(implementation, dtype):
     dtype = dtype_of(dtype)
     rng = np.random.default_rng(0)
@@ -184,8 +185,7 @@ def test_sums_that_overflow_or_tie_round_as_ieee_says(implementation, dtype):
     assert_same_bits(got, oracle.combine(y, weights, plan))
 
 
-@both
-@pytest.mark.parametrize("shape", [(), (1,), (2, 3, 5)])
+@cases("shape", [(), (1,), (2, 3, 5)], xla=[(), (2, 3, 5)])
 def test_combine_of_any_trailing_shape(implementation, shape):
     rng = np.random.default_rng(0)
     ids = routings.distinct(rng, 4, 6, 2, 8)

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import routings
-from helpers import assert_same_bits, both, per_rank
+from helpers import assert_same_bits, both, cases, per_rank
 
 import jax_fusco as jf
 
@@ -69,9 +69,8 @@ def check_vjp(got, plan, arguments, weighted=True):
         assert (dweights[plan.slot < 0] == 0).all()
 
 
-@both
 @pytest.mark.parametrize("routing", routings.ALL, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("num_ranks", [1, 4, 16])
+@cases("num_ranks", [1, 4, 16], xla=[1, 4])
 def test_every_routing(implementation, num_ranks, routing):
     run = _cached_vjp(implementation, num_ranks, num_ranks * 2, None, 4)
     plan, arguments = vjp_case(0, routing, num_ranks, 2, None, 4, np.float32)
@@ -81,8 +80,7 @@ def test_every_routing(implementation, num_ranks, routing):
 _cached_vjp = functools.cache(vjp_program)
 
 
-@both
-@pytest.mark.parametrize(("num_ranks", "capacity", "alignment"), [(2, 9, 1), (8, 16, 8), (4, 0, 1)])
+@cases("num_ranks,capacity,alignment", [(2, 9, 1), (8, 16, 8), (4, 0, 1)], xla=[(2, 9, 1)])
 def test_overflow(implementation, num_ranks, capacity, alignment):
     run = _cached_vjp(implementation, num_ranks, num_ranks * 2, capacity, alignment)
     for seed, routing in enumerate((routings.one_rank, routings.skewed, routings.masked)):
@@ -90,9 +88,11 @@ def test_overflow(implementation, num_ranks, capacity, alignment):
         check_vjp(run(*arguments), plan, arguments)
 
 
-@both
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@cases(
+    "dtype,weighted",
+    [(dtype, weighted) for dtype in ("bfloat16", "float16") for weighted in (True, False)],
+    xla=[("bfloat16", True), ("float16", False)],
+)
 def test_narrow_types(implementation, dtype, weighted):
     run = _cached_vjp(implementation, 4, 8, None, 1, weighted)
     plan, arguments = vjp_case(0, routings.masked, 4, 2, None, 1, jnp.dtype(dtype))
@@ -123,9 +123,11 @@ def test_weights_of_a_narrow_type_keep_it(implementation, check_vma):
     np.testing.assert_allclose(np.asarray(dweights, np.float64), want_w, rtol=2**-7, atol=0.05)
 
 
-@both
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("num_ranks", [1, 4])
+@cases(
+    "num_ranks,check_vma",
+    [(ranks, check_vma) for ranks in (1, 4) for check_vma in (True, False)],
+    xla=[(4, True), (4, False)],
+)
 def test_a_layer_equals_its_dense_formulation(implementation, num_ranks, check_vma):
     """x, router weights and expert parameters of a small MoE, forward and backward."""
     rng = np.random.default_rng(0)
