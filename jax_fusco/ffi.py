@@ -9,11 +9,11 @@ import functools
 import pathlib
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax.sharding import PartitionSpec
 
 from jax_fusco.mesh import Axis, checked_axes, free_axes, struct, varying_axes
@@ -45,7 +45,7 @@ def _module() -> Any:
     if built[0] != found[0] or built[1] > found[1]:
         raise ImportError(
             f"jax_fusco was built for FFI version {built[0]}.{built[1]}, but jaxlib "
-            f"{jaxlib.__version__} has {found[0]}.{found[1]}: install jaxlib>=0.10.2, or rebuild "
+            f"{version('jaxlib')} has {found[0]}.{found[1]}: install jaxlib>=0.10.2, or rebuild "
             "jax_fusco against this jaxlib"
         )
     return _ffi
