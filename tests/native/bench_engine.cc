@@ -235,14 +235,12 @@ class Bench {
   }
 
   // The limit of a dispatch: as many bytes from one place to as many fresh buffers, on huge pages,
-  // by all threads. Large memcpys and small ones store differently: the faster counts.
-  double Copy() { return std::min(CopyIn(2 << 20), CopyIn(1 << 30)); }
-
-  double CopyIn(int64_t piece) {
+  // by all threads.
+  double Copy() {
     std::vector<Fresh> out;
     for (int64_t rows : used_) out.emplace_back(rows * row_);
     return Milliseconds([&] {
-      const auto pieces = Pieces(piece);
+      const auto pieces = Pieces(2 << 20);
       for (size_t r = 0; r < out.size(); ++r) AdviseHugePages(out[r].get(), used_[r] * row_);
       Workers::ParallelFor(settings_.threads, static_cast<int64_t>(pieces.size()), [&](int64_t i) {
         const Piece& at = pieces[static_cast<size_t>(i)];
