@@ -50,7 +50,7 @@ def program(implementation, num_ranks, num_experts, capacity, alignment, padding
             "rows": jf.dispatch(x, plan, padding=padding),
             "out": jf.combine(y, weights, plan),
             # JAX itself does not compile a shard_map all of whose used operands are empty.
-            "y": y,
+            "operands": (x, y),
         }
 
     return per_rank(run, num_ranks)
