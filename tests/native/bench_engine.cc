@@ -4,6 +4,7 @@
 // Every quantity is timed in turn with the others, so that a busy neighbour hurts all alike, and
 // the median over the repeats is printed. Destinations are fresh memory each time, as XLA's results
 // are.
+#include <malloc.h>
 #include <time.h>
 
 #include <algorithm>
@@ -25,7 +26,9 @@
 namespace jax_fusco::cpu {
 namespace {
 
-// Memory as XLA's CPU client gets it: large pieces come straight from the system each time.
+// Memory as XLA's CPU client gets it where it is large: straight from the system each time. (main
+// tells malloc so for all sizes; left to itself it keeps pieces of less than 32 MiB, which would
+// compare one rank's fresh memory with another's used one.)
 class Fresh {
  public:
   explicit Fresh(int64_t bytes)
@@ -309,6 +312,7 @@ class Bench {
 int main(int argc, char** argv) {
   const int repeats = argc > 1 ? std::atoi(argv[1]) : 15;
   jax_fusco::cpu::count_processor_time = argc > 2;
+  mallopt(M_MMAP_THRESHOLD, 1 << 20);
   using jax_fusco::cpu::Shape;
   for (const Shape& shape : {Shape{"Qwen3-30B-A3B 4r", 4, 2048, 2048, 128, 8, false},
                              Shape{"Qwen3 4r, exact", 4, 2048, 2048, 128, 8, true},

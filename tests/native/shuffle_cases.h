@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -30,7 +31,10 @@ struct Array {
       : data(static_cast<size_t>(std::max<int64_t>(1, count * bytes)), value),
         rows{data.data(), count, bytes} {}
   Array(int64_t count, int64_t bytes, Random& random) : Array(count, bytes) {
-    for (char& byte : data) byte = static_cast<char>(random.Bits());
+    for (size_t i = 0; i < data.size(); i += 8) {
+      const uint64_t bits = random.Bits();
+      std::memcpy(data.data() + i, &bits, std::min<size_t>(8, data.size() - i));
+    }
   }
   Array(int64_t count, int64_t length, Float type, Random& random)
       : Array(count, length * cpu::SizeOf(type)) {

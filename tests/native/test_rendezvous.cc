@@ -1,7 +1,6 @@
 // Call sites with many threads: who meets whom, who hears what, and what happens when ranks fail.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -10,7 +9,6 @@
 
 #include "tests/native/check.h"
 #include "tests/native/meeting.h"
-#include "xla_ffi/engine/cpu/workers.h"
 
 namespace jax_fusco::testing {
 namespace {
@@ -204,38 +202,22 @@ void DoneKeepsTheFloatingPointMode() {
 }
 #endif
 
-void ParallelForVisitsEachChunkOnce() {
-  std::vector<std::thread> callers;
-  for (int caller = 0; caller < 3; ++caller) {
-    callers.emplace_back([caller] {
-      Random random(static_cast<uint64_t>(caller));
-      for (int repeat = 0; repeat < 100; ++repeat) {
-        std::vector<int> visits(static_cast<size_t>(random.Int(0, 40)));
-        cpu::Workers::ParallelFor(static_cast<int>(random.Int(1, 8)),
-                                  static_cast<int64_t>(visits.size()),
-                                  [&](int64_t i) { ++visits[static_cast<size_t>(i)]; });
-        CHECK_EQ(visits, std::vector<int>(visits.size(), 1));
-      }
-    });
-  }
-  for (std::thread& caller : callers) caller.join();
-}
-
 }  // namespace
 }  // namespace jax_fusco::testing
 
 int main(int argc, char** argv) {
   using namespace jax_fusco::testing;
   return RunTests(argc, argv,
-                  {{"SixteenRanks", SixteenRanks},
-                   {"ManyGroupsAndRuns", ManyGroupsAndRuns},
-                   {"TwoRanksManyCalls", TwoRanksManyCalls},
-                   {"OldCallWaits", OldCallWaits},
-                   {"OneRankRunsAtOnce", OneRankRunsAtOnce},
-                   {"BlockedDoneBlocksNobody", BlockedDoneBlocksNobody},
-                   {"JobThatThrows", JobThatThrows},
+                  {
+                      {"SixteenRanks", SixteenRanks},
+                      {"ManyGroupsAndRuns", ManyGroupsAndRuns},
+                      {"TwoRanksManyCalls", TwoRanksManyCalls},
+                      {"OldCallWaits", OldCallWaits},
+                      {"OneRankRunsAtOnce", OneRankRunsAtOnce},
+                      {"BlockedDoneBlocksNobody", BlockedDoneBlocksNobody},
+                      {"JobThatThrows", JobThatThrows},
 #if defined(__x86_64__)
-                   {"DoneKeepsTheFloatingPointMode", DoneKeepsTheFloatingPointMode},
+                      {"DoneKeepsTheFloatingPointMode", DoneKeepsTheFloatingPointMode},
 #endif
-                   {"ParallelForVisitsEachChunkOnce", ParallelForVisitsEachChunkOnce}});
+                  });
 }

@@ -31,7 +31,7 @@ Float SumType(Float y) { return y == Float::kF64 ? Float::kF64 : Float::kF32; }
 
 void PlanIsTheLiteralLoop() {
   const auto site = CallSite::Create("plan");
-  ForRandomCases(30, [&](Random& random, int64_t ranks) {
+  ForRandomCases(20, [&](Random& random, int64_t ranks) {
     PlanShape shape = RandomShape(random, ranks);
     if (random.OneIn(10)) shape.tokens = 40000 / (ranks * shape.k);  // enough for several threads
     const std::vector<Ints> ids = RandomIds(shape, random);
@@ -64,14 +64,17 @@ void GatherByHand(const Step& step, int64_t fanout, bool zero_tail,
 
 void GatherRowsIsTheLiteralLoop() {
   const auto site = CallSite::Create("gather_rows");
-  ForRandomCases(40, [&](Random& random, int64_t ranks) {
-    const Step step(random, ranks);
+  ForRandomCases(20, [&](Random& random, int64_t ranks) {
+    Step step(random, ranks);
+    for (int32_t& source : step.plans[0].source) {
+      if (random.OneIn(9)) source = -2;  // not only past the last group
+    }
     const int64_t fanout = random.OneIn(2) ? step.shape.k : 1;
     const int64_t count = step.shape.assignments() / fanout;
     const bool zero_tail = random.OneIn(2);
     std::vector<int64_t> sizes;
     for (int64_t p = random.Int(0, 3); p > 0; --p) {
-      sizes.push_back(random.Of<int64_t>({0, 1, 2, 4, 8, 13, 64, 1000, 20000}));
+      sizes.push_back(random.Of<int64_t>({0, 1, 2, 4, 8, 13, 64, 3000}));
     }
     const auto make = [&](int64_t rows, bool filled) {
       return EachRank(ranks, [&](int64_t) {
@@ -97,13 +100,13 @@ void GatherRowsIsTheLiteralLoop() {
 
 void GatherRowsWeightedIsTheLiteralLoop() {
   const auto site = CallSite::Create("gather_rows_weighted");
-  ForRandomCases(40, [&](Random& random, int64_t ranks) {
+  ForRandomCases(20, [&](Random& random, int64_t ranks) {
     const Step step(random, ranks);
     const Float g_type = random.Of({kFloats[0], kFloats[1], kFloats[2], kFloats[3]});
     const Float y_type = random.Of({kFloats[0], kFloats[1], kFloats[2], kFloats[3]});
     const Float sum = SumType(y_type);
     const Float weights_type = y_type == Float::kF64 && random.OneIn(2) ? Float::kF64 : Float::kF32;
-    const int64_t length = random.Of<int64_t>({0, 1, 5, 16, 33, 700});
+    const int64_t length = random.Of<int64_t>({0, 1, 5, 16, 33, 200});
     const int64_t rows = step.shape.capacity;
     const auto array = [&](int64_t count, int64_t columns, Float type) {
       return EachRank(ranks, [&](int64_t) { return Array(count, columns, type, random); });
@@ -159,12 +162,12 @@ void GatherRowsWeightedIsTheLiteralLoop() {
 
 void ReduceRowsIsTheLiteralLoop() {
   const auto site = CallSite::Create("reduce_rows");
-  ForRandomCases(40, [&](Random& random, int64_t ranks) {
+  ForRandomCases(20, [&](Random& random, int64_t ranks) {
     const Step step(random, ranks);
     const Float y_type = random.Of({kFloats[0], kFloats[1], kFloats[2], kFloats[3]});
     const Float out_type = random.Of({kFloats[0], kFloats[1], kFloats[2], kFloats[3]});
     const Float weights_type = random.Of({Float::kF32, Float::kF64});
-    const int64_t length = random.Of<int64_t>({0, 1, 5, 16, 33, 700});
+    const int64_t length = random.Of<int64_t>({0, 1, 5, 16, 33, 200});
     const auto y = EachRank(
         ranks, [&](int64_t) { return Array(step.shape.capacity, length, y_type, random); });
     const auto out = EachRank(
@@ -202,9 +205,9 @@ void ReduceRowsIsTheLiteralLoop() {
 
 void RaggedAllToAllIsTheLiteralLoop() {
   const auto site = CallSite::Create("ragged_all_to_all");
-  ForRandomCases(40, [&](Random& random, int64_t ranks) {
+  ForRandomCases(20, [&](Random& random, int64_t ranks) {
     const int64_t rows = random.Of<int64_t>({0, 1, 10, 60}), slices = random.Int(1, 3);
-    const int64_t bytes = random.Of<int64_t>({0, 1, 2, 100, 20000});
+    const int64_t bytes = random.Of<int64_t>({0, 1, 2, 100, 3000});
     std::vector<int64_t> counts;
     const Ragged ragged(random, ranks, slices, rows, &counts);
     const auto operand = EachRank(ranks, [&](int64_t) { return Array(rows, bytes, random); });

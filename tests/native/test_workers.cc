@@ -1,0 +1,61 @@
+// Library threads: chunks that are shared out, and tasks that each have a thread.
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <future>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "tests/native/check.h"
+#include "xla_ffi/engine/cpu/workers.h"
+
+namespace jax_fusco::testing {
+namespace {
+
+// Tasks that wait for each other need a thread each, however many are idle from the last time.
+void TasksDoNotShareThreads() {
+  for (int tasks : {1, 2, 3, 8, 2, 12, 5, 30}) {
+    auto started = std::make_shared<std::atomic<int>>(0);
+    std::vector<std::future<bool>> met;
+    for (int i = 0; i < tasks; ++i) {
+      auto all_here = std::make_shared<std::promise<bool>>();
+      met.push_back(all_here->get_future());
+      cpu::Workers::RunOnOwnThread([=] {
+        ++*started;
+        for (int wait = 0; *started < tasks && wait < 20000; ++wait) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+        all_here->set_value(*started == tasks);
+      });
+    }
+    for (std::future<bool>& each : met) CHECK(each.get());
+  }
+}
+
+void ParallelForVisitsEachChunkOnce() {
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 3; ++caller) {
+    callers.emplace_back([caller] {
+      Random random(static_cast<uint64_t>(caller));
+      for (int repeat = 0; repeat < 100; ++repeat) {
+        std::vector<int> visits(static_cast<size_t>(random.Int(0, 40)));
+        cpu::Workers::ParallelFor(static_cast<int>(random.Int(1, 8)),
+                                  static_cast<int64_t>(visits.size()),
+                                  [&](int64_t i) { ++visits[static_cast<size_t>(i)]; });
+        CHECK_EQ(visits, std::vector<int>(visits.size(), 1));
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+}
+
+}  // namespace
+}  // namespace jax_fusco::testing
+
+int main(int argc, char** argv) {
+  using namespace jax_fusco::testing;
+  return RunTests(argc, argv,
+                  {{"TasksDoNotShareThreads", TasksDoNotShareThreads},
+                   {"ParallelForVisitsEachChunkOnce", ParallelForVisitsEachChunkOnce}});
+}
