@@ -1,9 +1,10 @@
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from typing_extensions import CapsuleType
 
 class Handlers(TypedDict):
     instantiate: CapsuleType
+    initialize: NotRequired[CapsuleType]
     execute: CapsuleType
 
 class TypeRegistration(TypedDict):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
-from jax_fusco import mesh, primitive
+from jax_fusco import ffi, mesh, primitive
 from jax_fusco.mesh import Axis, AxisName, expert_axis
 from jax_fusco.plan import Plan, dropless_capacity, experts_per_rank, whole
 
@@ -250,7 +250,7 @@ def ragged_all_to_all(
 
 
 def _indices(plan: Plan) -> primitive.Indices:
-    return plan.slot_rank, plan.slot, plan.source_rank, plan.source
+    return plan.slot_rank, plan.slot, plan.source_rank, plan.source, plan.chain
 
 
 def _plan_axis(plan: Plan) -> Axis:
@@ -321,7 +321,9 @@ def _choose(implementation: Implementation, axis: Axis) -> str:
             return "xla"
         if not axis.names and mesh.platform() is None:
             return "platform"
-        return "fused" if mesh.platform() == "cpu" and jax.process_count() == 1 else "xla"
+        on_gpu = mesh.platform() in mesh.GPU_PLATFORMS and ffi.cuda_module() is not None
+        known = mesh.platform() == "cpu" or on_gpu
+        return "fused" if known and jax.process_count() == 1 else "xla"
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     reason = "need one or more of 'xla', 'fused'"
     for name in names:
@@ -339,8 +341,15 @@ def _why_not(name: str, axis: Axis) -> str | None:
         return None
     if axis.names and not mesh.is_mesh_axis(axis):
         return "need a mesh axis of jax.shard_map for 'fused', use 'xla' under jax.vmap"
+    if mesh.platform() in mesh.GPU_PLATFORMS:
+        if ffi.cuda_module() is None:
+            return (
+                "need a build with CUDA for 'fused' on GPUs (nvcc was not found when jax_fusco was "
+                "installed), use 'xla'"
+            )
+        return None
     if mesh.platform() not in (None, "cpu"):
-        return f"need CPU devices for 'fused' (the mesh is on {mesh.platform()}), use 'xla'"
+        return f"need CPU devices or NVIDIA GPUs for 'fused' (got {mesh.platform()}), use 'xla'"
     # A group that reaches into other processes is only seen here where it must; else it times out.
     if axis.size > jax.local_device_count(backend="cpu"):
         return (

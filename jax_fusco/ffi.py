@@ -6,6 +6,7 @@ The only module that touches compiled code. docs/architecture.md has the contrac
 from __future__ import annotations
 
 import functools
+import importlib.util
 import pathlib
 import re
 from collections.abc import Sequence
@@ -16,7 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jax_fusco.mesh import Axis, checked_axes, free_axes, struct, varying_axes
+from jax_fusco.mesh import (
+    GPU_PLATFORMS,
+    Axis,
+    checked_axes,
+    free_axes,
+    platform,
+    struct,
+    varying_axes,
+)
+
+MAX_ARRAYS = 16  # that one call moves: as many as ranks on GPUs can tell each other of
 
 
 def _runtime_ffi_version() -> tuple[int, int]:
@@ -31,9 +42,21 @@ def _runtime_ffi_version() -> tuple[int, int]:
     return major, minor
 
 
+def _checked(module: Any) -> Any:
+    """A compiled module, once it is known to fit the jaxlib that runs."""
+    built, found = module.api_version(), _runtime_ffi_version()
+    if built[0] != found[0] or built[1] > found[1]:
+        raise ImportError(
+            f"jax_fusco was built for FFI version {built[0]}.{built[1]}, but jaxlib "
+            f"{version('jaxlib')} has {found[0]}.{found[1]}: install jaxlib>=0.10.2, or rebuild "
+            "jax_fusco against this jaxlib"
+        )
+    return module
+
+
 @functools.cache
 def _module() -> Any:
-    """The compiled module, once it is known to fit the jaxlib that runs."""
+    """The engine of CPU devices."""
     try:
         from jax_fusco import _ffi
     except ImportError as error:
@@ -41,14 +64,33 @@ def _module() -> Any:
             f"implementation: 'fused' needs the compiled module jax_fusco._ffi ({error}); "
             "install jax_fusco with pip, or use implementation='xla'"
         ) from error
-    built, found = _ffi.api_version(), _runtime_ffi_version()
-    if built[0] != found[0] or built[1] > found[1]:
-        raise ImportError(
-            f"jax_fusco was built for FFI version {built[0]}.{built[1]}, but jaxlib "
-            f"{version('jaxlib')} has {found[0]}.{found[1]}: install jaxlib>=0.10.2, or rebuild "
-            "jax_fusco against this jaxlib"
-        )
-    return _ffi
+    return _checked(_ffi)
+
+
+@functools.cache
+def cuda_module() -> Any | None:
+    """The engine of NVIDIA GPUs, None where this build has none."""
+    try:
+        from jax_fusco import _cuda
+    except ImportError:
+        return None
+    return _checked(_cuda)
+
+
+@functools.cache
+def _cuda_plugin() -> bool:
+    """Whether JAX can compile for NVIDIA GPUs here."""
+    found = importlib.util.find_spec("jax_plugins")
+    places = found.submodule_search_locations if found else None
+    return any(path.name.startswith("xla_cuda") for place in places or ()
+               for path in pathlib.Path(place).iterdir())  # fmt: skip
+
+
+def may_run_on_gpu() -> bool:
+    """Whether what is traced now may be compiled for GPUs by an engine that is there."""
+    if platform() not in (None, *GPU_PLATFORMS):
+        return False
+    return _cuda_plugin() and cuda_module() is not None
 
 
 @functools.cache
@@ -61,14 +103,17 @@ def register() -> None:
     Raises:
       ImportError: the compiled module is missing, or was built for a newer jaxlib.
     """
-    module = _module()
+    modules = {"cpu": _module()}
+    if cuda_module() is not None:
+        modules["CUDA"] = cuda_module()
     # Types must be known before the handlers that use them, and what is registered before the
-    # backend is up reaches it in the wrong order.
+    # backend is up reaches it in the wrong order. The start loads the plugins of all platforms.
     jax.local_devices(backend="cpu")
-    for name, registration in module.types():
-        jax.ffi.register_ffi_type(name, registration, platform="cpu")
-    for name, stages in module.registrations():
-        jax.ffi.register_ffi_target(name, stages, platform="cpu")
+    for name, module in modules.items():
+        for type_name, registration in module.types():
+            jax.ffi.register_ffi_type(type_name, registration, platform=name)
+        for target, stages in module.registrations():
+            jax.ffi.register_ffi_target(target, stages, platform=name)
 
 
 def _call(
@@ -113,7 +158,13 @@ def _call(
 
 
 def plan(
-    expert_ids: jax.Array, *, axis: Axis, num_experts: int, capacity: int, alignment: int
+    expert_ids: jax.Array,
+    *,
+    axis: Axis,
+    num_experts: int,
+    capacity: int,
+    alignment: int,
+    chain_rows: int,
 ) -> tuple[jax.Array, ...]:
     """The integers of a shuffle, in the order of the fields of `Plan`."""
     local = num_experts // axis.size
@@ -126,27 +177,36 @@ def plan(
         (capacity,),
         (),
         (),
+        (chain_rows,),
     ]
-    results = [(shape, jnp.int32) for shape in shapes]
+    scratch = 0
+    if may_run_on_gpu():
+        shape = (axis.size, *expert_ids.shape, num_experts, capacity, alignment)
+        scratch = cuda_module().plan_scratch_bytes(*shape)
+    results = [*((shape, jnp.int32) for shape in shapes), ((scratch,), jnp.uint8)]
     attributes = {"num_experts": num_experts, "alignment": alignment}
-    return tuple(_call("plan", axis, results, expert_ids, attributes=attributes))
+    return tuple(_call("plan", axis, results, expert_ids, attributes=attributes))[:-1]
 
 
 def gather_rows(
     rows: tuple[jax.Array, ...],
     source_rank: jax.Array,
     source: jax.Array,
+    chain: jax.Array,
     *,
     axis: Axis,
     fanout: int,
     zero_tail: bool,
 ) -> tuple[jax.Array, ...]:
     """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero (or untouched) where negative."""
-    results = [(source.shape + x.shape[1:], x.dtype) for x in rows]
     attributes = {"fanout": fanout, "zero_tail": int(zero_tail)}
-    return tuple(
-        _call("gather_rows", axis, results, source_rank, source, *rows, attributes=attributes)
-    )
+    moved: list[jax.Array] = []
+    for first in range(0, len(rows), MAX_ARRAYS):
+        some = rows[first : first + MAX_ARRAYS]
+        results = [(source.shape + x.shape[1:], x.dtype) for x in some]
+        operands = (source_rank, source, chain, *some)
+        moved += _call("gather_rows", axis, results, *operands, attributes=attributes)
+    return tuple(moved)
 
 
 def gather_rows_weighted(
@@ -155,12 +215,14 @@ def gather_rows_weighted(
     y: jax.Array,
     source_rank: jax.Array,
     source: jax.Array,
+    chain: jax.Array,
     *,
     axis: Axis,
 ) -> tuple[jax.Array, jax.Array]:
     """Backward of the weighted sum: `dy[m] = w * g` of its assignment, `dots[m] = <g, y[m]>`."""
     results = [(y.shape, y.dtype), (source.shape, weights.dtype)]
-    dy, dots = _call("gather_rows_weighted", axis, results, source_rank, source, g, weights, y)
+    operands = (source_rank, source, chain, g, weights, y)
+    dy, dots = _call("gather_rows_weighted", axis, results, *operands)
     return dy, dots
 
 

@@ -12,6 +12,8 @@ from jax import lax
 
 AxisName: TypeAlias = str | tuple[str, ...] | None
 
+GPU_PLATFORMS = ("cuda", "gpu")  # what JAX calls NVIDIA GPUs, the second in some places
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:

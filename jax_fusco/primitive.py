@@ -28,7 +28,10 @@ def _run(implementation: str, name: str, *args: Any, **static: Any) -> Any:
         return getattr(IMPLEMENTATIONS[implementation], name)(*args, **static)
     branches = {key: functools.partial(getattr(module, name), **static)
                 for key, module in IMPLEMENTATIONS.items()}  # fmt: skip
-    return lax.platform_dependent(*args, cpu=branches["fused"], default=branches["xla"])
+    fused = {"cpu": branches["fused"]}
+    if ffi.may_run_on_gpu():
+        fused["cuda"] = branches["fused"]
+    return lax.platform_dependent(*args, **fused, default=branches["xla"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,13 @@ class Call:
 
 def plan(call: Call, expert_ids: jax.Array, **static: int) -> tuple[jax.Array, ...]:
     """The integers of a shuffle, in the order of the fields of `Plan`."""
+    chained = call.implementation != "xla" and ffi.may_run_on_gpu()
+    static["chain_rows"] = static["capacity"] if chained else 0
     return _run(call.implementation, "plan", unshard(expert_ids), axis=call.axis, **static)
 
 
-# Indices of one shuffle: (slot_rank, slot, source_rank, source).
-Indices = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# Indices of one shuffle: (slot_rank, slot, source_rank, source, chain).
+Indices = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _real_view(x: jax.Array) -> jax.Array:
@@ -56,7 +61,7 @@ def _real_view(x: jax.Array) -> jax.Array:
 
 def _sum_home(call: Call, ct: jax.Array, indices: Indices) -> jax.Array:
     """The unweighted sum over each token's rows: the cotangent of a dispatched array."""
-    slot_rank, slot, _, _ = indices
+    slot_rank, slot, *_ = indices
     reduce = functools.partial(_run, call.implementation, "reduce_rows", axis=call.axis)
     if jnp.issubdtype(ct.dtype, jnp.complexfloating):
         parts = _real_view(ct)
@@ -73,13 +78,14 @@ def is_summable(dtype: Any) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dispatch(call: Call, rows: tuple[jax.Array, ...], indices: Indices) -> tuple[jax.Array, ...]:
-    slot_rank, _, source_rank, source = indices
+    slot_rank, _, source_rank, source, chain = indices
     return _run(
         call.implementation,
         "gather_rows",
         rows,
         source_rank,
         source,
+        chain,
         axis=call.axis,
         fanout=max(slot_rank.shape[1], 1),
         zero_tail=call.zero_tail,
@@ -95,7 +101,7 @@ def _dispatch_bwd(call: Call, indices: Indices, cts: tuple[jax.Array, ...]) -> A
         grads = tuple(
             None if ct.dtype == jax.dtypes.float0 else _sum_home(call, ct, indices) for ct in cts
         )
-    return grads, (None,) * 4
+    return grads, (None,) * 5
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -103,7 +109,7 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(call: Call, y: jax.Array, weights: jax.Array | None, indices: Indices) -> jax.Array:
-    slot_rank, slot, _, _ = indices
+    slot_rank, slot, *_ = indices
     return _run(
         call.implementation,
         "reduce_rows",
@@ -122,7 +128,7 @@ def _combine_fwd(call: Call, y: jax.Array, weights: jax.Array | None, indices: I
 
 def _combine_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
     y, weights, indices = residuals
-    slot_rank, slot, source_rank, source = indices
+    slot_rank, slot, source_rank, source, chain = indices
     run = functools.partial(_run, call.implementation)
     with jax.named_scope("jax_fusco.combine_backward"):
         if weights is None:
@@ -131,11 +137,12 @@ def _combine_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
                 (g.astype(y.dtype),),
                 source_rank,
                 source,
+                chain,
                 axis=call.axis,
                 fanout=max(slot.shape[1], 1),
                 zero_tail=True,
             )
-            return dy, None, (None,) * 4
+            return dy, None, (None,) * 5
         width = math.prod(y.shape[1:])
         dy, dots = run(
             "gather_rows_weighted",
@@ -144,6 +151,7 @@ def _combine_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
             y.reshape(y.shape[0], width),
             source_rank,
             source,
+            chain,
             axis=call.axis,
         )
         # Each dot product lies where its row lies; a gather of single numbers takes it home.
@@ -152,11 +160,12 @@ def _combine_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
             (dots,),
             slot_rank.reshape(-1),
             slot.reshape(-1),
+            chain[:0],
             axis=call.axis,
             fanout=1,
             zero_tail=True,
         )
-        return dy.reshape(y.shape), home.reshape(weights.shape), (None,) * 4
+        return dy.reshape(y.shape), home.reshape(weights.shape), (None,) * 5
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)

@@ -58,7 +58,13 @@ def water_fill(counts: jax.Array, capacity: int, alignment: int) -> jax.Array:
 
 
 def plan(
-    expert_ids: jax.Array, *, axis: Axis, num_experts: int, capacity: int, alignment: int
+    expert_ids: jax.Array,
+    *,
+    axis: Axis,
+    num_experts: int,
+    capacity: int,
+    alignment: int,
+    chain_rows: int,
 ) -> tuple[jax.Array, ...]:
     """The integers of a shuffle, in the order of the fields of `Plan`."""
     tokens, k = expert_ids.shape
@@ -122,6 +128,7 @@ def plan(
         source,
         num_dropped,
         num_invalid,
+        jnp.zeros(chain_rows, jnp.int32),  # nothing here follows a chain
     )
     return vary(found, varying_axes(expert_ids) | checked_axes(axis))
 
@@ -155,13 +162,15 @@ def gather_rows(
     rows: tuple[jax.Array, ...],
     source_rank: jax.Array,
     source: jax.Array,
+    chain: jax.Array | None = None,
     *,
     axis: Axis,
     fanout: int,
     zero_tail: bool,
 ) -> tuple[jax.Array, ...]:
     """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero where `source[m]` is negative."""
-    del zero_tail  # zeros are as good as anything in a tail that nobody reads
+    # Zeros are as good as anything in a tail that nobody reads.
+    del chain, zero_tail
 
     def gather(x: jax.Array) -> jax.Array:
         words = axis.all_gather(_to_words(x))
@@ -180,10 +189,12 @@ def gather_rows_weighted(
     y: jax.Array,
     source_rank: jax.Array,
     source: jax.Array,
+    chain: jax.Array,
     *,
     axis: Axis,
 ) -> tuple[jax.Array, jax.Array]:
     """Backward of the weighted sum: `dy[m] = w * g` of its assignment, `dots[m] = <g, y[m]>`."""
+    del chain
     k = weights.shape[1]
     gather = functools.partial(gather_rows, axis=axis, zero_tail=True)
     (rows,) = gather((g,), source_rank, source, fanout=k)

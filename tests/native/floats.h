@@ -14,7 +14,6 @@
 
 namespace jax_fusco::testing {
 
-using cpu::Float;
 using Bytes = std::vector<char>;
 
 inline constexpr Float kFloats[] = {Float::kBf16, Float::kF16, Float::kF32, Float::kF64};
@@ -88,7 +87,7 @@ inline uint16_t Encode16(double value, Float type) {
 
 // Element i of an array, exactly.
 inline double Get(const void* data, int64_t i, Float type) {
-  const char* const at = static_cast<const char*>(data) + i * cpu::SizeOf(type);
+  const char* const at = static_cast<const char*>(data) + i * SizeOf(type);
   if (type == Float::kF64) {
     double value;
     std::memcpy(&value, at, sizeof(value));
@@ -106,7 +105,7 @@ inline double Get(const void* data, int64_t i, Float type) {
 
 // Rounds `value` once and stores it.
 inline void Put(void* data, int64_t i, Float type, double value) {
-  char* const at = static_cast<char*>(data) + i * cpu::SizeOf(type);
+  char* const at = static_cast<char*>(data) + i * SizeOf(type);
   if (type == Float::kF64) {
     std::memcpy(at, &value, sizeof(value));
   } else if (type == Float::kF32) {
@@ -140,7 +139,7 @@ inline bool CheckSame(const void* a, const void* b, int64_t length, Float type,
 
 // Numbers of all kinds. Specials (infinities, NaN, any bits) come where asked for.
 inline Bytes RandomFloats(int64_t length, Float type, bool specials, Random& random) {
-  Bytes bytes(static_cast<size_t>(length * cpu::SizeOf(type)));
+  Bytes bytes(static_cast<size_t>(length * SizeOf(type)));
   const int lowest = FormatOf(type).min_exponent;
   for (int64_t i = 0; i < length; ++i) {
     const double fraction = static_cast<double>(random.Int(-(1 << 20), 1 << 20)) / (1 << 20);
@@ -154,8 +153,7 @@ inline Bytes RandomFloats(int64_t length, Float type, bool specials, Random& ran
     Put(bytes.data(), i, type, value);
     if (specials && random.OneIn(20)) {
       const uint64_t bits = random.Bits();
-      std::memcpy(bytes.data() + i * cpu::SizeOf(type), &bits,
-                  static_cast<size_t>(cpu::SizeOf(type)));
+      std::memcpy(bytes.data() + i * SizeOf(type), &bits, static_cast<size_t>(SizeOf(type)));
     }
   }
   return bytes;

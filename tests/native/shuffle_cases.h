@@ -17,8 +17,6 @@
 
 namespace jax_fusco::testing {
 
-using cpu::Rows;
-
 template <typename J>
 using Jobs = std::vector<std::unique_ptr<J>>;
 
@@ -37,7 +35,7 @@ struct Array {
     }
   }
   Array(int64_t count, int64_t length, Float type, Random& random)
-      : Array(count, length * cpu::SizeOf(type)) {
+      : Array(count, length * SizeOf(type)) {
     if (count * length > 0) {
       const Bytes values = RandomFloats(count * length, type, false, random);
       std::copy(values.begin(), values.end(), data.begin());

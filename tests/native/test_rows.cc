@@ -16,7 +16,6 @@ namespace {
 
 using cpu::Isa;
 using cpu::RowKernels;
-using cpu::SizeOf;
 
 constexpr int64_t kLengths[] = {0, 1, 7, 15, 16, 17, 63, 64, 65, 1000, 2880};
 

@@ -13,7 +13,6 @@ namespace {
 
 using cpu::GatherRowsJob;
 using cpu::GatherRowsWeightedJob;
-using cpu::SizeOf;
 
 // Calls `body(random, ranks)` for many random cases of each number of ranks, with 1 to 4 threads.
 template <typename Body>

@@ -7,18 +7,14 @@
 
 #include <cstdint>
 
+#include "xla_ffi/core/calls.h"
+
 namespace jax_fusco::cpu {
 
 enum class Isa { kGeneric, kAvx2, kAvx512 };  // in ascending order of preference
 
 const char* IsaName(Isa isa);
 Isa BestIsa();
-
-// Types of rows that are summed. Sums are double where y is kF64, else float.
-enum class Float { kBf16, kF16, kF32, kF64 };
-inline constexpr int kNumFloats = 4;
-
-inline int64_t SizeOf(Float type) { return type == Float::kF64 ? 8 : type == Float::kF32 ? 4 : 2; }
 
 struct RowKernels {
   // Copies n rows to consecutive places past the caches, for results that are larger than them: a

@@ -9,16 +9,13 @@
 
 #include <cstdint>
 
-#include "xla_ffi/core/plan.h"
+#include "xla_ffi/core/calls.h"
 #include "xla_ffi/engine/cuda/handshake.h"
 
 namespace jax_fusco::cuda {
 
 using Stream = void*;       // cudaStream_t
 using Error = const char*;  // null: none
-
-// Row elements that are summed or scaled; others only move.
-enum class Float : int32_t { kBf16, kF16, kF32, kF64 };
 
 // ---- plan: Scratch, Count, Enter with operand 0 = scratch, Finish, Leave ----
 
@@ -48,10 +45,10 @@ struct GatherRowsArgs {
   const int32_t* chain = nullptr;        // [M] as in PlanArgs, or null: every row is read by itself
   int64_t fanout = 1;                    // row = source / fanout
   bool zero_tail = true;
-  int64_t peer_rows = 0;     // N, rows of an operand on every rank
-  int64_t row_bytes = 0;     // of this operand
-  int32_t operand = 0;       // which of the table's operands is read
-  void* out = nullptr;       // [M, row_bytes]
+  int64_t peer_rows = 0;  // N, rows of an operand on every rank
+  int64_t row_bytes = 0;  // of this operand
+  int32_t operand = 0;    // which of the table's operands is read
+  void* out = nullptr;    // [M, row_bytes]
 };
 // One operand of the call (a pytree moves leaf by leaf). A source that does not exist marks the
 // table as failed (kBadIndex) and reads nothing.
@@ -79,7 +76,7 @@ Error LaunchGatherRowsWeighted(const GatherRowsWeightedArgs& args, Table* table,
 // ---- reduce_rows: operand 0 = y [C, d] ----
 
 struct ReduceRowsArgs {
-  int64_t tokens = 0;                  // T
+  int64_t tokens = 0;  // T
   int64_t k = 1;
   const int32_t* slot_rank = nullptr;  // [T, k]
   const int32_t* slot = nullptr;       // [T, k]

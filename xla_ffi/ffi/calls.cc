@@ -1,0 +1,261 @@
+#include "xla_ffi/ffi/calls.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <string>
+
+namespace ffi = xla::ffi;
+
+namespace jax_fusco {
+namespace {
+
+// Collects the first thing that is wrong with the buffers of a call.
+class Checks {
+ public:
+  explicit Checks(const char* call) : call_(call) {}
+
+  bool Require(bool holds, const char* what) {
+    if (!holds && message_.empty()) message_ = Concat(call_, ": ", what, ".");
+    return holds;
+  }
+  bool ok() const { return message_.empty(); }
+  Status status() const { return ok() ? Status::Ok() : Status::InvalidArgument(message_); }
+
+ private:
+  const char* call_;
+  std::string message_;
+};
+
+int64_t Dim(const Buffer& buffer, size_t i) {
+  return i < buffer.dimensions().size() ? buffer.dimensions()[i] : 1;
+}
+
+// An array as rows along its leading dimension.
+Rows ToRows(const Buffer& buffer) {
+  Rows rows;
+  rows.data = buffer.untyped_data();
+  rows.count = Dim(buffer, 0);
+  rows.bytes = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
+  for (size_t i = 1; i < buffer.dimensions().size(); ++i) rows.bytes *= Dim(buffer, i);
+  return rows;
+}
+
+bool IsInts(const Buffer& buffer, std::initializer_list<int64_t> shape) {
+  return buffer.element_type() == ffi::S32 && buffer.dimensions().size() == shape.size() &&
+         std::equal(shape.begin(), shape.end(), buffer.dimensions().begin());
+}
+
+int32_t* Ints(const Buffer& buffer) { return static_cast<int32_t*>(buffer.untyped_data()); }
+
+const int32_t* ChainOrNull(const Buffer& chain) {
+  return Dim(chain, 0) == 0 ? nullptr : Ints(chain);
+}
+
+bool SameRow(const Buffer& a, const Buffer& b) {
+  return a.dimensions().size() == b.dimensions().size() && a.dimensions().size() >= 1 &&
+         std::equal(a.dimensions().begin() + 1, a.dimensions().end(), b.dimensions().begin() + 1);
+}
+
+std::optional<Float> ToFloat(ffi::DataType type) {
+  if (type == ffi::BF16) return Float::kBf16;
+  if (type == ffi::F16) return Float::kF16;
+  if (type == ffi::F32) return Float::kF32;
+  if (type == ffi::F64) return Float::kF64;
+  return std::nullopt;
+}
+
+bool IsWeights(const Buffer& weights, int64_t tokens, int64_t k) {
+  return (weights.element_type() == ffi::F32 || weights.element_type() == ffi::F64) &&
+         weights.dimensions().size() == 2 && Dim(weights, 0) == tokens && Dim(weights, 1) == k;
+}
+
+}  // namespace
+
+ffi::Error ToError(const Status& status) {
+  switch (status.code) {
+    case Code::kOk:
+      return ffi::Error::Success();
+    case Code::kInvalidArgument:
+      return ffi::Error(ffi::ErrorCode::kInvalidArgument, status.message);
+    case Code::kDeadlineExceeded:
+      return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, status.message);
+    case Code::kInternal:
+      break;
+  }
+  return ffi::Error(ffi::ErrorCode::kInternal, status.message);
+}
+
+Status Signature<PlanCall>::Read(int64_t num_ranks, Buffer expert_ids, Result sizes, Result counts,
+                                 Result slot, Result slot_rank, Result source_rank, Result source,
+                                 Result dropped, Result invalid, Result chain, Result scratch,
+                                 int64_t num_experts, int64_t alignment, PlanCall* call) {
+  Checks checks(kTarget);
+  PlanShape& shape = call->shape;
+  shape = {num_ranks,   Dim(expert_ids, 0), Dim(expert_ids, 1),
+           num_experts, Dim(*source, 0),    alignment};
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  checks.Require(alignment >= 1, "alignment must be at least 1");
+  checks.Require(num_ranks >= 1 && num_experts >= 1 && num_experts % num_ranks == 0,
+                 "num_experts must be a multiple of num_ranks");
+  if (!checks.ok()) return checks.status();
+  checks.Require(IsInts(expert_ids, {shape.tokens, shape.k}), "expert_ids must be int32 [T, k]");
+  checks.Require(num_ranks * shape.assignments() <= kMax && num_experts <= kMax &&
+                     shape.capacity <= kMax && alignment <= kMax,
+                 "the assignments of a group and its capacity must fit in int32");
+  checks.Require(
+      IsInts(*slot, {shape.tokens, shape.k}) && IsInts(*slot_rank, {shape.tokens, shape.k}),
+      "slot and slot_rank must be int32 [T, k]");
+  checks.Require(IsInts(*source, {shape.capacity}) && IsInts(*source_rank, {shape.capacity}),
+                 "source_rank and source must be int32 [C]");
+  checks.Require(
+      IsInts(*sizes, {shape.experts_per_rank()}) && IsInts(*counts, {shape.experts_per_rank()}),
+      "group_sizes and expert_counts must be int32 [E_local]");
+  checks.Require(IsInts(*dropped, {}) && IsInts(*invalid, {}),
+                 "num_dropped and num_invalid must be int32 []");
+  checks.Require(IsInts(*chain, {0}) || IsInts(*chain, {shape.capacity}),
+                 "chain must be int32 [C] or [0]");
+  checks.Require(scratch->element_type() == ffi::U8 && scratch->dimensions().size() == 1,
+                 "scratch must be uint8 [bytes]");
+  if (!checks.ok()) return checks.status();
+  call->expert_ids = Ints(expert_ids);
+  call->results = {Ints(*sizes),       Ints(*counts), Ints(*slot),    Ints(*slot_rank),
+                   Ints(*source_rank), Ints(*source), Ints(*dropped), Ints(*invalid)};
+  call->chain = ToRows(*chain);
+  call->scratch = ToRows(*scratch);
+  return Status::Ok();
+}
+
+Status Signature<GatherRowsCall>::Read(int64_t /*num_ranks*/, Buffer source_rank, Buffer source,
+                                       Buffer chain, ffi::RemainingArgs in, ffi::RemainingRets out,
+                                       int64_t fanout, int64_t zero_tail, GatherRowsCall* call) {
+  Checks checks(kTarget);
+  call->num_rows = Dim(source, 0);
+  checks.Require(IsInts(source, {call->num_rows}) && IsInts(source_rank, {call->num_rows}),
+                 "source_rank and source must be int32 [M]");
+  checks.Require(IsInts(chain, {0}) || IsInts(chain, {call->num_rows}),
+                 "chain must be int32 [M] or [0]");
+  checks.Require(fanout >= 1, "fanout must be at least 1");
+  checks.Require(in.size() == out.size(), "there must be one result for each rows operand");
+  for (size_t i = 0; checks.ok() && i < in.size(); ++i) {
+    const auto from = in.get<Buffer>(i);
+    auto to = out.get<Buffer>(i);
+    if (!checks.Require(from.has_value() && to.has_value(), "operands must be arrays")) break;
+    checks.Require(from->element_type() == (*to)->element_type() && SameRow(*from, **to) &&
+                       Dim(**to, 0) == call->num_rows,
+                   "each result must be [M, ...] with the rows and type of its operand");
+    call->in.push_back(ToRows(*from));
+    call->out.push_back(ToRows(**to));
+  }
+  if (!checks.ok()) return checks.status();
+  call->source_rank = Ints(source_rank);
+  call->source = Ints(source);
+  call->chain = ChainOrNull(chain);
+  call->fanout = fanout;
+  call->zero_tail = zero_tail != 0;
+  return Status::Ok();
+}
+
+Status Signature<GatherRowsWeightedCall>::Read(int64_t /*num_ranks*/, Buffer source_rank,
+                                               Buffer source, Buffer chain, Buffer g,
+                                               Buffer weights, Buffer y, Result dy, Result dots,
+                                               GatherRowsWeightedCall* call) {
+  Checks checks(kTarget);
+  call->num_rows = Dim(source, 0);
+  const auto g_type = ToFloat(g.element_type());
+  const auto y_type = ToFloat(y.element_type());
+  checks.Require(IsInts(source, {call->num_rows}) && IsInts(source_rank, {call->num_rows}),
+                 "source_rank and source must be int32 [M]");
+  checks.Require(IsInts(chain, {0}) || IsInts(chain, {call->num_rows}),
+                 "chain must be int32 [M] or [0]");
+  checks.Require(g_type.has_value() && y_type.has_value(), "g and y must be floating");
+  checks.Require(SameRow(g, y) && Dim(y, 0) == call->num_rows,
+                 "g must be [T, d] and y [M, d] with the same d");
+  checks.Require(IsWeights(weights, Dim(g, 0), Dim(weights, 1)) && Dim(weights, 1) >= 1,
+                 "weights must be float32 or float64 [T, k]");
+  checks.Require(
+      dy->element_type() == y.element_type() && SameRow(*dy, y) && Dim(*dy, 0) == call->num_rows,
+      "dy must have the shape and type of y");
+  checks.Require(dots->element_type() == (y_type == Float::kF64 ? ffi::F64 : ffi::F32) &&
+                     dots->dimensions().size() == 1 && Dim(*dots, 0) == call->num_rows,
+                 "dots must be float32 (float64 where y is) [M]");
+  if (!checks.ok()) return checks.status();
+  call->source_rank = Ints(source_rank);
+  call->source = Ints(source);
+  call->chain = ChainOrNull(chain);
+  call->k = Dim(weights, 1);
+  call->g_type = *g_type;
+  call->y_type = *y_type;
+  call->weights_type = *ToFloat(weights.element_type());
+  call->g = ToRows(g);
+  call->weights = weights.untyped_data();
+  call->y = ToRows(y);
+  call->dy = ToRows(*dy);
+  call->dots = dots->untyped_data();
+  call->length = call->y.bytes / SizeOf(*y_type);
+  return Status::Ok();
+}
+
+Status Signature<ReduceRowsCall>::Read(int64_t /*num_ranks*/, Buffer slot_rank, Buffer slot,
+                                       Buffer y, ffi::RemainingArgs weights, Result out,
+                                       ReduceRowsCall* call) {
+  Checks checks(kTarget);
+  call->tokens = Dim(slot, 0);
+  call->k = Dim(slot, 1);
+  const auto y_type = ToFloat(y.element_type());
+  const auto out_type = ToFloat(out->element_type());
+  checks.Require(
+      IsInts(slot, {call->tokens, call->k}) && IsInts(slot_rank, {call->tokens, call->k}),
+      "slot_rank and slot must be int32 [T, k]");
+  checks.Require(y_type.has_value() && out_type.has_value(), "y and out must be floating");
+  checks.Require(SameRow(y, *out) && Dim(*out, 0) == call->tokens,
+                 "out must be [T, ...] with the rows of y");
+  checks.Require(weights.size() <= 1, "there must be at most one weights operand");
+  if (checks.ok() && weights.size() == 1) {
+    const auto given = weights.get<Buffer>(0);
+    if (checks.Require(given.has_value() && IsWeights(*given, call->tokens, call->k),
+                       "weights must be float32 or float64 [T, k]")) {
+      call->weights = given->untyped_data();
+      call->weights_type = *ToFloat(given->element_type());
+    }
+  }
+  if (!checks.ok()) return checks.status();
+  call->slot_rank = Ints(slot_rank);
+  call->slot = Ints(slot);
+  call->y_type = *y_type;
+  call->out_type = *out_type;
+  call->y = ToRows(y);
+  call->out = ToRows(*out);
+  call->length = call->y.bytes / SizeOf(*y_type);
+  return Status::Ok();
+}
+
+Status Signature<RaggedAllToAllCall>::Read(int64_t num_ranks, Buffer input_offsets,
+                                           Buffer send_sizes, Buffer output_offsets,
+                                           Buffer recv_sizes, Buffer operand, Buffer output,
+                                           Result result, RaggedAllToAllCall* call) {
+  Checks checks(kTarget);
+  const int64_t slices = Dim(input_offsets, 0);
+  checks.Require(IsInts(input_offsets, {slices}) && IsInts(send_sizes, {slices}) &&
+                     IsInts(output_offsets, {slices}) && IsInts(recv_sizes, {slices}) &&
+                     num_ranks >= 1 && slices % num_ranks == 0,
+                 "offsets and sizes must be int32 [K], K a multiple of num_ranks");
+  checks.Require(operand.element_type() == output.element_type() && SameRow(operand, output),
+                 "operand and output must have the same rows and type");
+  checks.Require(result->element_type() == output.element_type() && SameRow(*result, output) &&
+                     Dim(*result, 0) == Dim(output, 0),
+                 "the result must have the shape and type of output");
+  if (!checks.ok()) return checks.status();
+  call->slices_per_rank = slices / num_ranks;
+  call->input_offsets = Ints(input_offsets);
+  call->send_sizes = Ints(send_sizes);
+  call->output_offsets = Ints(output_offsets);
+  call->recv_sizes = Ints(recv_sizes);
+  call->operand = ToRows(operand);
+  call->output = ToRows(output);
+  call->result = ToRows(*result);
+  return Status::Ok();
+}
+
+}  // namespace jax_fusco

@@ -1,0 +1,126 @@
+// From FFI buffers to the calls of core/calls.h: the same checks for every platform.
+#ifndef JAX_FUSCO_FFI_CALLS_H_
+#define JAX_FUSCO_FFI_CALLS_H_
+
+#include <cstdint>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+#include "xla_ffi/core/calls.h"
+#include "xla_ffi/core/status.h"
+
+namespace jax_fusco {
+
+using Buffer = xla::ffi::AnyBuffer;
+using Result = xla::ffi::Result<xla::ffi::AnyBuffer>;
+
+xla::ffi::Error ToError(const Status& status);
+
+// For each call: its target, the operands, results and attributes that follow `rank`, `group` and
+// `num_ranks`, and the check that makes a call of them (or says what is wrong).
+template <typename Call>
+struct Signature;
+
+template <>
+struct Signature<PlanCall> {
+  static constexpr const char* kTarget = "jax_fusco_plan";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Attr<int64_t>("num_experts")
+        .template Attr<int64_t>("alignment");
+  }
+  static Status Read(int64_t num_ranks, Buffer expert_ids, Result group_sizes, Result expert_counts,
+                     Result slot, Result slot_rank, Result source_rank, Result source,
+                     Result num_dropped, Result num_invalid, Result chain, Result scratch,
+                     int64_t num_experts, int64_t alignment, PlanCall* call);
+};
+
+template <>
+struct Signature<GatherRowsCall> {
+  static constexpr const char* kTarget = "jax_fusco_gather_rows";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .RemainingArgs()
+        .RemainingRets()
+        .template Attr<int64_t>("fanout")
+        .template Attr<int64_t>("zero_tail");
+  }
+  static Status Read(int64_t num_ranks, Buffer source_rank, Buffer source, Buffer chain,
+                     xla::ffi::RemainingArgs in, xla::ffi::RemainingRets out, int64_t fanout,
+                     int64_t zero_tail, GatherRowsCall* call);
+};
+
+template <>
+struct Signature<GatherRowsWeightedCall> {
+  static constexpr const char* kTarget = "jax_fusco_gather_rows_weighted";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>();
+  }
+  static Status Read(int64_t num_ranks, Buffer source_rank, Buffer source, Buffer chain, Buffer g,
+                     Buffer weights, Buffer y, Result dy, Result dots,
+                     GatherRowsWeightedCall* call);
+};
+
+template <>
+struct Signature<ReduceRowsCall> {
+  static constexpr const char* kTarget = "jax_fusco_reduce_rows";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .RemainingArgs()
+        .template Ret<Buffer>();
+  }
+  static Status Read(int64_t num_ranks, Buffer slot_rank, Buffer slot, Buffer y,
+                     xla::ffi::RemainingArgs weights, Result out, ReduceRowsCall* call);
+};
+
+template <>
+struct Signature<RaggedAllToAllCall> {
+  static constexpr const char* kTarget = "jax_fusco_ragged_all_to_all";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Ret<Buffer>();
+  }
+  static Status Read(int64_t num_ranks, Buffer input_offsets, Buffer send_sizes,
+                     Buffer output_offsets, Buffer recv_sizes, Buffer operand, Buffer output,
+                     Result result, RaggedAllToAllCall* call);
+};
+
+}  // namespace jax_fusco
+
+#endif  // JAX_FUSCO_FFI_CALLS_H_

@@ -1,0 +1,123 @@
+// The handlers of CPU devices: a call is a job that meets its peers at a call site.
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <variant>
+
+#include "xla_ffi/engine/cpu/shuffle.h"
+#include "xla_ffi/ffi/handlers.h"
+
+namespace ffi = xla::ffi;
+
+namespace jax_fusco {
+
+// The result of Execute: an error or success at once, or a future.
+using Outcome = std::variant<ffi::Error, ffi::Future>;
+
+}  // namespace jax_fusco
+
+namespace xla::ffi {
+
+template <ExecutionStage stage>
+struct ResultEncoding<stage, jax_fusco::Outcome> {
+  static std::variant<XLA_FFI_Error*, XLA_FFI_Future*> Encode(const XLA_FFI_Api* api,
+                                                              XLA_FFI_ExecutionContext* ctx,
+                                                              jax_fusco::Outcome outcome) {
+    if (Error* error = std::get_if<Error>(&outcome)) {
+      return ResultEncoding<stage, Error>::Encode(api, ctx, std::move(*error));
+    }
+    return ResultEncoding<stage, Future>::Encode(api, ctx, std::move(std::get<Future>(outcome)));
+  }
+};
+
+}  // namespace xla::ffi
+
+namespace jax_fusco {
+namespace {
+
+struct CpuState {
+  static ffi::TypeId id;
+  static const ffi::TypeInfo info;
+
+  explicit CpuState(const char* target) : site(cpu::CallSite::Create(target)) {}
+
+  std::shared_ptr<cpu::CallSite> site;
+};
+ffi::TypeId CpuState::id = {};
+const ffi::TypeInfo CpuState::info = ffi::MakeTypeInfo<CpuState>();
+
+struct Cpu {
+  using State = CpuState;
+  using Context = ffi::RunId;
+  using ContextTag = ffi::RunId;
+  using Outcome = jax_fusco::Outcome;
+  static constexpr std::initializer_list<ffi::Traits> kTraits = {};
+
+  // Sends the job to its call site.
+  template <typename Job>
+  static Outcome Meet(const Caller<Cpu>& caller, std::unique_ptr<Job> job) {
+    cpu::Arrival arrival;
+    arrival.run = caller.context.run_id;
+    arrival.group = *caller.group;
+    arrival.rank = *caller.rank;
+    arrival.num_ranks = caller.num_ranks;
+    arrival.device = caller.device;
+    ffi::Promise promise;
+    ffi::Future future(promise);
+    auto done = [promise](const Status& status) mutable {
+      status.ok() ? promise.SetAvailable() : promise.SetError(ToError(status));
+    };
+    Status status;
+    if (caller.state->site->Arrive(arrival, std::move(job), std::move(done), &status)) {
+      return ToError(status);
+    }
+    return Outcome(std::move(future));
+  }
+
+  template <typename Job, typename Call>
+  static Outcome MeetWith(const Caller<Cpu>& caller, const Call& call) {
+    auto job = std::make_unique<Job>();
+    static_cast<Call&>(*job) = call;
+    return Meet(caller, std::move(job));
+  }
+
+  static Outcome Run(const Caller<Cpu>& caller, const PlanCall& call) {
+    // Chains serve engines whose peers are far; here a row is read from the nearest cache.
+    if (call.chain.count > 0) {
+      std::memset(call.chain.data, 0, static_cast<size_t>(call.chain.count * call.chain.bytes));
+    }
+    return MeetWith<cpu::PlanJob>(caller, call);
+  }
+  static Outcome Run(const Caller<Cpu>& caller, const GatherRowsCall& call) {
+    return MeetWith<cpu::GatherRowsJob>(caller, call);
+  }
+  static Outcome Run(const Caller<Cpu>& caller, const GatherRowsWeightedCall& call) {
+    return MeetWith<cpu::GatherRowsWeightedJob>(caller, call);
+  }
+  static Outcome Run(const Caller<Cpu>& caller, const ReduceRowsCall& call) {
+    return MeetWith<cpu::ReduceRowsJob>(caller, call);
+  }
+  static Outcome Run(const Caller<Cpu>& caller, const RaggedAllToAllCall& call) {
+    if (call.result.data != call.output.data) {  // not aliased after all
+      std::memcpy(call.result.data, call.output.data,
+                  static_cast<size_t>(call.output.count * call.output.bytes));
+    }
+    return MeetWith<cpu::RaggedAllToAllJob>(caller, call);
+  }
+};
+
+template <typename Call>
+constexpr Target TargetOf() {
+  return {Signature<Call>::kTarget, Instantiate<Cpu, Call>, nullptr, Execute<Cpu, Call>};
+}
+
+}  // namespace
+
+TargetList CpuTargets() {
+  static const Target targets[] = {TargetOf<PlanCall>(), TargetOf<GatherRowsCall>(),
+                                   TargetOf<GatherRowsWeightedCall>(), TargetOf<ReduceRowsCall>(),
+                                   TargetOf<RaggedAllToAllCall>()};
+  return {targets, 5, "jax_fusco_call", &CpuState::id, &CpuState::info};
+}
+
+}  // namespace jax_fusco
