@@ -16,6 +16,27 @@ def main() -> None:
     """Fused Mixture-of-Experts shuffles for JAX."""
 
 
+@main.command()
+def doctor() -> None:
+    """Say what this machine can do, and why not more.
+
+    Fails if something that is installed cannot work.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from jax_fusco import doctor
+
+    table = Table(title="jax_fusco", title_justify="left")
+    for column in ("", "found", "", "what to do"):
+        table.add_column(column, overflow="fold")
+    findings = doctor.examine()
+    for finding in findings:
+        table.add_row(finding.what, finding.found, finding.verdict, finding.remedy)
+    Console().print(table)
+    sys.exit(any(finding.verdict == doctor.BROKEN for finding in findings))
+
+
 class _BenchCommand(click.Command):
     """Reads the lists of names when help is asked for, so that the command line starts fast."""
 

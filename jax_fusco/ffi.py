@@ -30,7 +30,7 @@ from jax_fusco.mesh import (
 MAX_ARRAYS = 16  # that one call moves: as many as ranks on GPUs can tell each other of
 
 
-def _runtime_ffi_version() -> tuple[int, int]:
+def runtime_ffi_version() -> tuple[int, int]:
     """(major, minor) of the running jaxlib's FFI, from the header that comes with it."""
     header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     text = header.read_text()
@@ -44,7 +44,7 @@ def _runtime_ffi_version() -> tuple[int, int]:
 
 def _checked(module: Any) -> Any:
     """A compiled module, once it is known to fit the jaxlib that runs."""
-    built, found = module.api_version(), _runtime_ffi_version()
+    built, found = module.api_version(), runtime_ffi_version()
     if built[0] != found[0] or built[1] > found[1]:
         raise ImportError(
             f"jax_fusco was built for FFI version {built[0]}.{built[1]}, but jaxlib "
@@ -55,7 +55,7 @@ def _checked(module: Any) -> Any:
 
 
 @functools.cache
-def _module() -> Any:
+def cpu_module() -> Any:
     """The engine of CPU devices."""
     try:
         from jax_fusco import _ffi
@@ -103,7 +103,7 @@ def register() -> None:
     Raises:
       ImportError: the compiled module is missing, or was built for a newer jaxlib.
     """
-    modules = {"cpu": _module()}
+    modules = {"cpu": cpu_module()}
     if cuda_module() is not None:
         modules["CUDA"] = cuda_module()
     # Types must be known before the handlers that use them, and what is registered before the

@@ -75,21 +75,21 @@ def test_a_missing_module_is_an_error_that_says_what_to_do(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "jax_fusco._ffi", None)
     monkeypatch.delattr("jax_fusco._ffi", raising=False)
-    ffi._module.cache_clear()
+    ffi.cpu_module.cache_clear()
     try:
         with pytest.raises(ImportError, match="install jax_fusco with pip, or use implementation"):
-            ffi._module()
+            ffi.cpu_module()
     finally:
-        ffi._module.cache_clear()
+        ffi.cpu_module.cache_clear()
 
 
 def test_headers_that_do_not_fit_are_an_error_that_says_what_to_do(monkeypatch):
     from jax_fusco import ffi
 
-    monkeypatch.setattr(ffi, "_runtime_ffi_version", lambda: (0, 0))
-    ffi._module.cache_clear()
+    monkeypatch.setattr(ffi, "runtime_ffi_version", lambda: (0, 0))
+    ffi.cpu_module.cache_clear()
     try:
         with pytest.raises(ImportError, match=r"was built for FFI version 0\.\d+, but jaxlib"):
-            ffi._module()
+            ffi.cpu_module()
     finally:
-        ffi._module.cache_clear()
+        ffi.cpu_module.cache_clear()

@@ -40,6 +40,7 @@ struct TargetList {
   const xla::ffi::TypeInfo* type_info;
 };
 TargetList CpuTargets();
+TargetList CudaTargets();
 
 // An exception must not leave a handler.
 template <typename F>
