@@ -3,12 +3,11 @@
 #ifndef JAX_FUSCO_TESTS_NATIVE_CUDA_HOST_TEAM_H_
 #define JAX_FUSCO_TESTS_NATIVE_CUDA_HOST_TEAM_H_
 
-#include <sched.h>
-
-#include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -22,19 +21,24 @@ class Barrier {
   explicit Barrier(int count) : count_(count) {}
 
   void Wait() {
-    const int turn = turn_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int turn = turn_;
+    if (++arrived_ == count_) {
+      arrived_ = 0;
+      ++turn_;
+      lock.unlock();
+      all_here_.notify_all();
       return;
     }
-    while (turn_.load(std::memory_order_acquire) == turn) sched_yield();
+    all_here_.wait(lock, [&] { return turn_ != turn; });
   }
 
  private:
   const int count_;
-  std::atomic<int> arrived_{0};
-  std::atomic<int> turn_{0};
+  int arrived_ = 0;
+  int turn_ = 0;
+  std::mutex mutex_;
+  std::condition_variable all_here_;
 };
 
 // How many blocks of how many threads.

@@ -24,8 +24,10 @@
 
 #if defined(__CUDACC__)
 #define JAX_FUSCO_PROGRAM __device__
+#define JAX_FUSCO_UNROLL _Pragma("unroll")
 #else
 #define JAX_FUSCO_PROGRAM
+#define JAX_FUSCO_UNROLL
 #endif
 
 namespace jax_fusco::cuda {

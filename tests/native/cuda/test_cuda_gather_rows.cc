@@ -1,0 +1,220 @@
+// gather_rows on host teams, by words and in bulk, against literal loops.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "tests/native/check.h"
+#include "tests/native/cuda/host_bulk.h"
+#include "tests/native/cuda/host_team.h"
+#include "tests/native/cuda/rank_cases.h"
+#include "xla_ffi/engine/cuda/gather_rows.h"
+
+namespace jax_fusco::testing {
+namespace {
+
+using cuda::GatherRowsArgs;
+using cuda::Table;
+
+void RunByWords(const GatherRowsArgs& args, Table* table) {
+  cuda::WithWord(args.row_bytes, args.out, [&](auto word) {
+    using Word = decltype(word);
+    const cuda::WordShape shape =
+        cuda::ShapeWords(args.row_bytes / static_cast<int64_t>(sizeof(Word)), HostTeam::kLanes);
+    Launch({2, 8, 0}, [&](const HostTeam& team) {
+      if (shape.is_long) {
+        cuda::GatherRowsByWords<Word, 1, 4>(team, args, table, shape.width);
+      } else {
+        cuda::GatherRowsByWords<Word, 4, 1>(team, args, table, shape.width);
+      }
+    });
+  });
+}
+
+void RunInBulk(const GatherRowsArgs& args, Table* table, int64_t warp_bytes) {
+  const cuda::BulkShape shape = cuda::ShapeBulk(args.row_bytes, HostTeam::kLanes, warp_bytes);
+  CHECK(shape.lanes > 0);
+  Launch({2, 8, cuda::BulkSharedBytes(shape, 2)},
+         [&](const HostTeam& team) { cuda::GatherRowsInBulk<HostBulk>(team, args, table, shape); });
+}
+
+// How a case runs.
+struct Way {
+  int64_t row_bytes;
+  bool bulk;
+  int64_t in_offset;
+  int64_t out_offset;
+};
+
+struct Gather {
+  Ranks ranks;
+  bool fanned;  // sources are assignments, else tokens
+  bool chained;
+  bool zero_tail;
+  Way way;
+  std::vector<Memory> in, out;
+
+  Gather(const PlanShape& shape, const Way& way_in, Random& random)
+      : ranks(shape, random),
+        fanned(shape.k > 0 && !random.OneIn(3)),
+        chained(fanned && !random.OneIn(3)),
+        zero_tail(random.OneIn(2)),
+        way(way_in) {
+    for (size_t r = 0; r < ranks.size(); ++r) {
+      in.emplace_back(rows() * way.row_bytes, way.in_offset, random);
+      out.emplace_back(shape.capacity * way.row_bytes, way.out_offset);
+      ranks.Publish(r, 3, in[r].at());
+    }
+  }
+  int64_t rows() const { return fanned ? ranks.shape.tokens : ranks.shape.assignments(); }
+  int64_t fanout() const { return fanned ? ranks.shape.k : 1; }
+
+  void Run() {
+    AllRanks(ranks.shape.num_ranks, [&](int64_t rank) {
+      const auto r = static_cast<size_t>(rank);
+      GatherRowsArgs args;
+      args.num_rows = ranks.shape.capacity;
+      args.source_rank = ranks.plans[r].source_rank.data();
+      args.source = ranks.plans[r].source.data();
+      args.chain = chained ? ranks.chains[r].data() : nullptr;
+      args.fanout = fanout();
+      args.zero_tail = zero_tail;
+      args.peer_rows = rows();
+      args.row_bytes = way.row_bytes;
+      args.operand = 3;
+      args.out = out[r].at();
+      if (way.bulk) {
+        RunInBulk(args, &ranks.tables[r], 4 * 2048 * (1 + rank % 3));
+      } else {
+        RunByWords(args, &ranks.tables[r]);
+      }
+    });
+  }
+  void Check() const {
+    for (size_t r = 0; r < ranks.size(); ++r) {
+      std::vector<char> expected(out[r].Copy().size(), 'x');
+      for (int64_t m = 0; m < ranks.shape.capacity; ++m) {
+        const int32_t source = ranks.plans[r].source[static_cast<size_t>(m)];
+        char* const row = expected.data() + m * way.row_bytes;
+        if (source >= 0) {
+          const auto s = static_cast<size_t>(ranks.plans[r].source_rank[static_cast<size_t>(m)]);
+          std::memcpy(row, in[s].at(source / fanout() * way.row_bytes),
+                      static_cast<size_t>(way.row_bytes));
+        } else if (zero_tail || source == kPadding) {
+          std::memset(row, 0, static_cast<size_t>(way.row_bytes));
+        }
+      }
+      CHECK_EQ(out[r].Copy(), expected);
+    }
+  }
+};
+
+void GatherIsTheLiteralLoop() {
+  Random random(1);
+  const Way ways[] = {
+      {1, false, 0, 0},   {2, false, 0, 2},   {3, false, 1, 0},    {4, false, 0, 0},
+      {4, false, 4, 1},   {8, false, 8, 8},   {12, false, 0, 4},   {16, false, 0, 0},
+      {16, false, 5, 0},  {40, false, 0, 0},  {48, false, 0, 0},   {80, false, 1, 0},
+      {100, false, 0, 0}, {272, false, 0, 0}, {1041, false, 0, 0}, {5762, false, 2, 0},
+      {1024, true, 0, 0}, {1040, true, 0, 0}, {2048, true, 0, 0},  {2064, true, 0, 0},
+      {5760, true, 0, 0}, {4112, true, 3, 0},
+  };
+  for (const Way& way : ways) {
+    for (int64_t ranks : {1, 2, 4, 8}) {
+      Gather gather(SmallShape(random, ranks), way, random);
+      gather.Run();
+      gather.Check();
+      gather.ranks.CheckNoFailure();
+    }
+  }
+}
+
+PlanShape Shape(int64_t ranks, int64_t tokens, int64_t k, int64_t capacity) {
+  PlanShape shape;
+  shape.num_ranks = ranks;
+  shape.tokens = tokens;
+  shape.k = k;
+  shape.num_experts = 2 * ranks;
+  shape.capacity = capacity;
+  return shape;
+}
+
+// Many more pieces than lanes: every stage is used again and again.
+void BulkRingsTurn() {
+  Random random(2);
+  for (int64_t row_bytes : {1024, 6160}) {
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      Gather gather(Shape(2, 60, 3, 190), {row_bytes, true, 0, 0}, random);
+      gather.Run();
+      gather.Check();
+    }
+  }
+}
+
+// Indices that do not exist: the row is cleared, nothing else is touched, the table tells.
+void BadSources() {
+  Random random(3);
+  const struct {
+    int32_t rank, source;
+  } bad[] = {{0, 12}, {1, INT32_MAX}, {2, 0}, {-1, 0}, {INT32_MIN, 3}, {INT32_MAX, 3}};
+  for (const bool bulk : {false, true}) {
+    for (const auto& entry : bad) {
+      Gather gather(Shape(2, 6, 2, 30), {bulk ? 1024 : 24, bulk, 0, 0}, random);
+      gather.fanned = true;
+      gather.chained = false;
+      gather.ranks.plans[1].source_rank[7] = entry.rank;
+      gather.ranks.plans[1].source[7] = entry.source;
+      gather.Run();
+      CheckBadIndex(gather.ranks.tables[1], 1, entry.rank, entry.source);
+      CHECK_EQ(gather.ranks.tables[0].failure, 0);
+      for (int64_t i = 0; i < gather.way.row_bytes; ++i) {
+        CHECK_EQ(gather.out[1].at(7 * gather.way.row_bytes + i)[0], '\0');
+      }
+    }
+  }
+}
+
+// Chains that go back, round, or out of the buffer.
+void BadChains() {
+  Random random(4);
+  for (const bool bulk : {false, true}) {
+    for (const int32_t link : {INT32_MIN, -1, -5, -32, 31, INT32_MAX}) {
+      Gather gather(Shape(2, 6, 2, 30), {bulk ? 1024 : 24, bulk, 0, 0}, random);
+      gather.fanned = gather.chained = true;
+      std::fill(gather.ranks.plans[0].source.begin(), gather.ranks.plans[0].source.end(), 1);
+      std::fill(gather.ranks.plans[0].source_rank.begin(), gather.ranks.plans[0].source_rank.end(),
+                1);
+      Ints& chain = gather.ranks.chains[0];
+      std::fill(chain.begin(), chain.end(), -31);
+      chain[0] = link < 0 ? 5 : link;
+      if (link < 0) chain[5] = link;
+      gather.Run();
+      CHECK_EQ(gather.ranks.tables[0].failure, static_cast<int32_t>(cuda::Failure::kBadIndex));
+    }
+  }
+}
+
+// Where the handshake failed nothing is read or written.
+void GatherWithoutPeers() {
+  Random random(5);
+  for (const bool bulk : {false, true}) {
+    Gather gather(Shape(1, 6, 2, 30), {bulk ? 1024 : 24, bulk, 0, 0}, random);
+    gather.ranks.tables[0] = {};
+    gather.ranks.tables[0].failure = static_cast<int32_t>(cuda::Failure::kPeerFailed);
+    gather.Run();
+    CHECK_EQ(gather.out[0].Copy(), std::vector<char>(gather.out[0].Copy().size(), 'x'));
+  }
+}
+
+}  // namespace
+}  // namespace jax_fusco::testing
+
+int main(int argc, char** argv) {
+  using namespace jax_fusco::testing;
+  return RunTests(argc, argv,
+                  {{"GatherIsTheLiteralLoop", GatherIsTheLiteralLoop},
+                   {"BulkRingsTurn", BulkRingsTurn},
+                   {"BadSources", BadSources},
+                   {"BadChains", BadChains},
+                   {"GatherWithoutPeers", GatherWithoutPeers}});
+}

@@ -1,0 +1,281 @@
+// gather_rows, on two ways: words through registers, for rows of any size, and bulk copies through
+// shared memory, for long rows on machines that have them. A row of a peer is read once and written
+// to all rows of its chain.
+#ifndef JAX_FUSCO_ENGINE_CUDA_GATHER_ROWS_H_
+#define JAX_FUSCO_ENGINE_CUDA_GATHER_ROWS_H_
+
+#include "xla_ffi/engine/cuda/kernels.h"
+#include "xla_ffi/engine/cuda/sources.h"
+#include "xla_ffi/engine/cuda/team.h"
+#include "xla_ffi/engine/cuda/words.h"
+
+namespace jax_fusco::cuda {
+
+JAX_FUSCO_PROGRAM inline Sources SourcesOf(const GatherRowsArgs& args) {
+  return {args.num_rows, args.source_rank, args.source, args.chain, args.fanout, args.peer_rows};
+}
+
+JAX_FUSCO_PROGRAM inline const char* RowOf(const GatherRowsArgs& args, const Table* table,
+                                           const Order& order) {
+  if (order.task != Task::kTake) return nullptr;
+  return static_cast<const char*>(table->operand[order.rank][args.operand]) +
+         order.row * args.row_bytes;
+}
+
+// ---- words ----
+
+// A part of a row that neighbouring lanes move together.
+struct RowPart {
+  Order order;
+  const char* from = nullptr;
+  int64_t row = 0;
+  int64_t word = 0;  // this lane's first
+};
+
+// `width` neighbouring lanes, a power of two, move kWords words each of kParts rows, or parts of
+// rows, at a time. row_bytes and `out` are multiples of Word; a peer's rows may lie anywhere.
+template <typename Word, int kParts, int kWords, typename Team>
+JAX_FUSCO_PROGRAM void GatherRowsByWords(const Team& team, const GatherRowsArgs& args, Table* table,
+                                         int width) {
+  if (!HasPeers(team, table)) return;
+  const Sources sources = SourcesOf(args);
+  const auto words = args.row_bytes / static_cast<int64_t>(sizeof(Word));
+  const int64_t segments = (words + width * kWords - 1) / (width * kWords);
+  const int64_t parts = args.num_rows * segments;
+  const int64_t step = ThreadsOfGrid(team) / width;
+  char* const out = static_cast<char*>(args.out);
+  for (int64_t first = ThreadOfGrid(team) / width; first < parts; first += step * kParts) {
+    RowPart part[kParts];
+    bool aligned = true;
+    JAX_FUSCO_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      const int64_t i = first + p * step;
+      if (i >= parts) continue;
+      const int64_t at = Rotated(i, parts, table);
+      part[p].row = segments == 1 ? at : at / segments;
+      part[p].word = (at - part[p].row * segments) * width * kWords + team.thread() % width;
+      part[p].order =
+          OrderOf(team, sources, table, part[p].row, EntryOf(sources, part[p].row), args.zero_tail);
+      part[p].from = RowOf(args, table, part[p].order);
+      aligned &= IsAligned<Word>(part[p].from);
+    }
+    Word word[kParts][kWords] = {};
+    JAX_FUSCO_UNROLL
+    for (int i = 0; i < kParts * kWords; ++i) {
+      const int64_t at = part[i / kWords].word + i % kWords * width;
+      const char* const from = part[i / kWords].from;
+      if (aligned && from != nullptr && at < words) {
+        word[i / kWords][i % kWords] = LoadWord<Word>(from + at * sizeof(Word));
+      }
+    }
+    if (!aligned) {
+      JAX_FUSCO_UNROLL
+      for (int i = 0; i < kParts * kWords; ++i) {
+        const int64_t at = part[i / kWords].word + i % kWords * width;
+        const char* const from = part[i / kWords].from;
+        if (from != nullptr && at < words) {
+          word[i / kWords][i % kWords] = LoadBytes<Word>(from + at * sizeof(Word));
+        }
+      }
+    }
+    JAX_FUSCO_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      if (part[p].order.task == Task::kNone) continue;
+      int64_t next = part[p].order.next;
+      for (int64_t row = part[p].row;;) {
+        JAX_FUSCO_UNROLL
+        for (int w = 0; w < kWords; ++w) {
+          const int64_t at = part[p].word + w * width;
+          if (at < words) StoreWord(out + row * args.row_bytes + at * sizeof(Word), word[p][w]);
+        }
+        if (next >= args.num_rows) break;
+        row = next;
+        next = FollowChain(team, sources, table, row);
+      }
+    }
+  }
+}
+
+// Lanes for a row, and whether it takes them more than one word each.
+struct WordShape {
+  int width;
+  bool is_long;
+};
+inline WordShape ShapeWords(int64_t words, int lanes_of_warp) {
+  int width = 1;
+  while (width < lanes_of_warp && width < words) width *= 2;
+  return {width, words > width};
+}
+
+// ---- bulk copies ----
+
+// How shared memory is cut: each of `lanes` lanes of a warp copies a piece of a row at a time
+// through a ring of stages of its own.
+struct BulkShape {
+  static constexpr int kStages = 4;
+  static constexpr int kAhead = 2;  // pieces under way behind the one that is written
+  static constexpr int64_t kMaxPiece = 2048;
+  static constexpr int64_t kWarpBytes = 48 << 10;  // of stages
+
+  int64_t pieces;  // of a row
+  int32_t piece;   // bytes, a multiple of 16; the last one of a row may be shorter
+  int32_t lanes;   // of a warp that copy
+};
+inline BulkShape ShapeBulk(int64_t row_bytes, int lanes_of_warp, int64_t warp_bytes) {
+  BulkShape shape;
+  shape.pieces = (row_bytes + BulkShape::kMaxPiece - 1) / BulkShape::kMaxPiece;
+  shape.piece =
+      static_cast<int32_t>(((row_bytes + shape.pieces - 1) / shape.pieces + 15) / 16 * 16);
+  const int64_t lanes = warp_bytes / (BulkShape::kStages * shape.piece);
+  shape.lanes = static_cast<int32_t>(lanes < lanes_of_warp ? lanes : lanes_of_warp);
+  return shape;
+}
+// A barrier for each stage of each lane, zeros to write, the stages.
+inline int64_t BulkSharedBytes(const BulkShape& shape, int warps) {
+  const int64_t stages = int64_t{warps} * shape.lanes * BulkShape::kStages;
+  return (stages * 8 + 127) / 128 * 128 + shape.piece + stages * shape.piece;
+}
+
+// A piece on its way.
+struct Piece {
+  Order order;
+  const char* from = nullptr;  // not null: on its way to the stage
+  int64_t row = 0;
+  int64_t offset = 0;
+  int32_t bytes = 0;
+};
+
+// What one lane does. Bulk is the lane's copy engine: Init(stage), Load(stage, to, from, bytes) and
+// Await(stage), which may be used for a stage once Stored() says that what was stored from it has
+// been read; Store(to, from, bytes), Commit(), Stored<n>(): all but the last n commits have been
+// read; Finish(): all has been written.
+template <typename Bulk, typename Team>
+class BulkLane {
+ public:
+  JAX_FUSCO_PROGRAM BulkLane(const Team& team, const GatherRowsArgs& args, Table* table,
+                             const BulkShape& shape, char* zeros, char* stages, Bulk* bulk)
+      : team_(team),
+        args_(args),
+        table_(table),
+        shape_(shape),
+        sources_(SourcesOf(args)),
+        zeros_(zeros),
+        stages_(stages),
+        bulk_(bulk) {}
+
+  // Copies pieces first, first + step, ... of all.
+  JAX_FUSCO_PROGRAM void Run(int64_t first, int64_t step) {
+    constexpr int kAhead = BulkShape::kAhead;
+    constexpr int kStages = BulkShape::kStages;
+    const int64_t count = args_.num_rows * shape_.pieces;
+    Piece ring[kStages];
+    int64_t i = first;
+    Entry entry = Fetch(i, count);
+    JAX_FUSCO_UNROLL
+    for (int s = 0; s < kAhead; ++s) {
+      ring[s] = Start(i, count, entry, s);
+      i += step;
+      entry = Fetch(i, count);
+    }
+    for (int64_t done = first; done < count;) {
+      JAX_FUSCO_UNROLL
+      for (int s = 0; s < kStages; ++s) {
+        // The stage was last stored from kStages - kAhead commits ago.
+        bulk_->template Stored<kStages - kAhead - 1>();
+        ring[(s + kAhead) % kStages] = Start(i, count, entry, (s + kAhead) % kStages);
+        i += step;
+        entry = Fetch(i, count);
+        if (done < count) Write(ring[s], s);
+        bulk_->Commit();
+        done += step;
+      }
+    }
+    bulk_->Finish();
+  }
+
+ private:
+  // The entry of the row of piece i, long before it is needed.
+  JAX_FUSCO_PROGRAM Entry Fetch(int64_t i, int64_t count) const {
+    if (i >= count) return {0, kTail, 0};
+    return EntryOf(sources_, Rotated(i, count, table_) / shape_.pieces);
+  }
+
+  JAX_FUSCO_PROGRAM Piece Start(int64_t i, int64_t count, const Entry& entry, int stage) {
+    Piece piece;
+    if (i >= count) return piece;
+    const int64_t at = Rotated(i, count, table_);
+    piece.row = at / shape_.pieces;
+    piece.offset = (at - piece.row * shape_.pieces) * shape_.piece;
+    const int64_t left = args_.row_bytes - piece.offset;
+    piece.bytes = static_cast<int32_t>(left < shape_.piece ? left : shape_.piece);
+    piece.order = OrderOf(team_, sources_, table_, piece.row, entry, args_.zero_tail);
+    piece.from = RowOf(args_, table_, piece.order);
+    if (piece.from == nullptr) return piece;
+    piece.from += piece.offset;
+    if (IsAligned<Word16>(piece.from)) {
+      bulk_->Load(stage, Stage(stage), piece.from, piece.bytes);
+    }
+    return piece;
+  }
+
+  JAX_FUSCO_PROGRAM void Write(const Piece& piece, int stage) {
+    if (piece.order.task == Task::kNone) return;
+    const bool aligned = IsAligned<Word16>(piece.from);
+    const char* const from = piece.from == nullptr ? zeros_ : aligned ? Stage(stage) : nullptr;
+    if (piece.from != nullptr && aligned) bulk_->Await(stage);
+    char* const out = static_cast<char*>(args_.out) + piece.offset;
+    int64_t next = piece.order.next;
+    for (int64_t row = piece.row;;) {
+      char* const to = out + row * args_.row_bytes;
+      if (from != nullptr) {
+        bulk_->Store(to, from, piece.bytes);
+      } else {
+        for (int32_t b = 0; b < piece.bytes; ++b) to[b] = piece.from[b];
+      }
+      if (next >= args_.num_rows) return;
+      row = next;
+      next = FollowChain(team_, sources_, table_, row);
+    }
+  }
+
+  JAX_FUSCO_PROGRAM char* Stage(int stage) const { return stages_ + stage * shape_.piece; }
+
+  const Team& team_;
+  const GatherRowsArgs& args_;
+  Table* const table_;
+  const BulkShape& shape_;
+  const Sources sources_;
+  char* const zeros_;
+  char* const stages_;
+  Bulk* const bulk_;
+};
+
+// row_bytes and `out` are multiples of 16.
+template <typename Bulk, typename Team>
+JAX_FUSCO_PROGRAM void GatherRowsInBulk(const Team& team, const GatherRowsArgs& args, Table* table,
+                                        const BulkShape& shape) {
+  if (!HasPeers(team, table)) return;
+  constexpr int kStages = BulkShape::kStages;
+  const int64_t stages = int64_t{team.num_warps()} * shape.lanes * kStages;
+  auto* const barriers = reinterpret_cast<uint64_t*>(team.shared());
+  char* const zeros = team.shared() + (stages * 8 + 127) / 128 * 128;
+  char* const rings = zeros + shape.piece;
+  for (int64_t i = team.thread(); i * 16 < shape.piece; i += team.num_threads()) {
+    StoreWord(zeros + i * 16, Word16{});
+  }
+  const int64_t lane = int64_t{team.warp()} * shape.lanes + team.lane();  // of those that copy
+  Bulk bulk(barriers + lane * kStages);
+  if (team.lane() < shape.lanes) {
+    for (int s = 0; s < kStages; ++s) bulk.Init(s);
+  }
+  bulk.FenceShared();
+  team.Sync();
+  if (team.lane() >= shape.lanes) return;
+  BulkLane<Bulk, Team>(team, args, table, shape, zeros, rings + lane * kStages * shape.piece, &bulk)
+      .Run(int64_t{team.block()} * team.num_warps() * shape.lanes + lane,
+           WarpsOfGrid(team) * shape.lanes);
+}
+
+}  // namespace jax_fusco::cuda
+
+#endif  // JAX_FUSCO_ENGINE_CUDA_GATHER_ROWS_H_
