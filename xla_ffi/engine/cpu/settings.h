@@ -2,15 +2,14 @@
 #ifndef JAX_FUSCO_ENGINE_CPU_SETTINGS_H_
 #define JAX_FUSCO_ENGINE_CPU_SETTINGS_H_
 
+#include "xla_ffi/core/settings.h"
 #include "xla_ffi/core/status.h"
 #include "xla_ffi/engine/cpu/rows.h"
 
 namespace jax_fusco::cpu {
 
-struct Settings {
+struct Settings : CallSettings {
   int threads = 1;          // JAX_FUSCO_THREADS; default: cores this process may run on
-  double timeout_s = 30;    // JAX_FUSCO_TIMEOUT_S
-  bool strict = false;      // JAX_FUSCO_STRICT
   Isa isa = Isa::kGeneric;  // JAX_FUSCO_ISA; default: the best this machine has
 
   // Reads all of them; a value that makes no sense is an error that names it.
