@@ -50,8 +50,12 @@ struct Cpu {
   using State = CpuState;
   using Context = ffi::RunId;
   using ContextTag = ffi::RunId;
-  using Outcome = jax_fusco::Outcome;
   static constexpr std::initializer_list<ffi::Traits> kTraits = {};
+
+  template <ffi::ExecutionStage stage, typename Call>
+  static Outcome Run(const Caller<Cpu>& caller, const Call& call) {
+    return Execute(caller, call);
+  }
 
   // Sends the job to its call site.
   template <typename Job>
@@ -81,23 +85,23 @@ struct Cpu {
     return Meet(caller, std::move(job));
   }
 
-  static Outcome Run(const Caller<Cpu>& caller, const PlanCall& call) {
+  static Outcome Execute(const Caller<Cpu>& caller, const PlanCall& call) {
     // Chains serve engines whose peers are far; here a row is read from the nearest cache.
     if (call.chain.count > 0) {
       std::memset(call.chain.data, 0, static_cast<size_t>(call.chain.count * call.chain.bytes));
     }
     return MeetWith<cpu::PlanJob>(caller, call);
   }
-  static Outcome Run(const Caller<Cpu>& caller, const GatherRowsCall& call) {
+  static Outcome Execute(const Caller<Cpu>& caller, const GatherRowsCall& call) {
     return MeetWith<cpu::GatherRowsJob>(caller, call);
   }
-  static Outcome Run(const Caller<Cpu>& caller, const GatherRowsWeightedCall& call) {
+  static Outcome Execute(const Caller<Cpu>& caller, const GatherRowsWeightedCall& call) {
     return MeetWith<cpu::GatherRowsWeightedJob>(caller, call);
   }
-  static Outcome Run(const Caller<Cpu>& caller, const ReduceRowsCall& call) {
+  static Outcome Execute(const Caller<Cpu>& caller, const ReduceRowsCall& call) {
     return MeetWith<cpu::ReduceRowsJob>(caller, call);
   }
-  static Outcome Run(const Caller<Cpu>& caller, const RaggedAllToAllCall& call) {
+  static Outcome Execute(const Caller<Cpu>& caller, const RaggedAllToAllCall& call) {
     if (call.result.data != call.output.data) {  // not aliased after all
       std::memcpy(call.result.data, call.output.data,
                   static_cast<size_t>(call.output.count * call.output.bytes));
@@ -108,7 +112,8 @@ struct Cpu {
 
 template <typename Call>
 constexpr Target TargetOf() {
-  return {Signature<Call>::kTarget, Instantiate<Cpu, Call>, nullptr, Execute<Cpu, Call>};
+  return {Signature<Call>::kTarget, Instantiate<Cpu, Call>, nullptr,
+          Handle<Cpu, Call, ffi::ExecutionStage::kExecute>};
 }
 
 }  // namespace

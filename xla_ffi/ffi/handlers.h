@@ -1,8 +1,8 @@
 // The custom calls as XLA FFI handlers, written once for all platforms.
 //
 // A Platform has: State, which Instantiate makes once for each call in a compiled program; Context,
-// what it needs of an execution beside the device; Outcome, the result of Execute; kTraits; and
-// Run(caller, call), which does the work or says why not.
+// what it needs of an execution beside the device, decoded by ContextTag; kTraits; and
+// Run<stage>(caller, call), which does what a stage has to do.
 #ifndef JAX_FUSCO_FFI_HANDLERS_H_
 #define JAX_FUSCO_FFI_HANDLERS_H_
 
@@ -69,31 +69,33 @@ XLA_FFI_Error* Instantiate(XLA_FFI_CallFrame* frame) {
   return handler->Call(frame);
 }
 
-template <typename Platform, typename Call>
-XLA_FFI_Error* Execute(XLA_FFI_CallFrame* frame) {
+template <typename Platform, typename Call, xla::ffi::ExecutionStage stage>
+XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   namespace ffi = xla::ffi;
+  using Outcome = decltype(Platform::template Run<stage>(std::declval<const Caller<Platform>&>(),
+                                                         std::declval<const Call&>()));
   // The last parameter of Read is the call that it fills.
-  auto execute = [](typename Platform::State* state, typename Platform::Context context,
-                    int32_t device, ffi::BufferR0<ffi::S32> rank, ffi::BufferR0<ffi::S32> group,
-                    int64_t num_ranks, auto... arguments) -> typename Platform::Outcome {
-    return Guard(Signature<Call>::kTarget, [&]() -> typename Platform::Outcome {
+  auto handle = [](typename Platform::State* state, typename Platform::Context context,
+                   int32_t device, ffi::BufferR0<ffi::S32> rank, ffi::BufferR0<ffi::S32> group,
+                   int64_t num_ranks, auto... arguments) -> Outcome {
+    return Guard(Signature<Call>::kTarget, [&]() -> Outcome {
       Call call;
       const Status status = Signature<Call>::Read(num_ranks, arguments..., &call);
       if (!status.ok()) return ToError(status);
       const Caller<Platform> caller = {
           state, context, device, rank.typed_data(), group.typed_data(), num_ranks};
-      return Platform::Run(caller, call);
+      return Platform::template Run<stage>(caller, call);
     });
   };
   static auto* handler =
-      Signature<Call>::Bind(ffi::Ffi::Bind()
+      Signature<Call>::Bind(ffi::Ffi::Bind<stage>()
                                 .template Ctx<ffi::State<typename Platform::State>>()
                                 .template Ctx<typename Platform::ContextTag>()
                                 .template Ctx<ffi::DeviceOrdinal>()
                                 .template Arg<ffi::BufferR0<ffi::S32>>()
                                 .template Arg<ffi::BufferR0<ffi::S32>>()
                                 .template Attr<int64_t>("num_ranks"))
-          .To(execute, Platform::kTraits)
+          .To(handle, Platform::kTraits)
           .release();
   return handler->Call(frame);
 }

@@ -1,0 +1,125 @@
+"""A MoE layer's shuffle around a stand-in for its experts, and what its HLO holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_fusco as jf
+from jax_fusco.bench.rivals import Ring, Sizes
+
+ROWS = P("expert")
+TARGET = pathlib.Path(__file__).parent / "h100.txtpb"
+# NVLink domains x hosts in one x GPUs of a host.
+TOPOLOGIES = {1: "1x1x1", 8: "1x1x8", 64: "8x1x8"}
+
+
+def make_mesh(num_gpus: int) -> Mesh:
+    """One expert axis over H100s that nobody has."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology=TOPOLOGIES[num_gpus]
+    )
+    return topologies.make_mesh(topology, (num_gpus,), ("expert",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Sizes of a layer, by default Qwen3-30B-A3B's, and how it is shuffled."""
+
+    ranks: int
+    tokens: int = 4096
+    k: int = 8
+    experts: int = 128
+    features: int = 2048
+    implementation: str | None = None  # or "ring"
+
+    @property
+    def capacity(self) -> int:
+        return jf.capacity(self.tokens, self.k, self.experts, self.ranks, 1.25)
+
+    def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        if self.implementation == "ring":
+            sizes = Sizes(
+                self.ranks, self.tokens, self.k, self.experts, self.features, self.capacity, 0
+            )
+            ring = Ring(sizes)
+            plan = ring.plan(ids)
+            rows = 2 * ring.dispatch(x, plan)
+            return ring.combine(rows, weights, plan).astype(x.dtype)
+        plan = jf.make_plan(
+            ids,
+            axis_name="expert",
+            num_experts=self.experts,
+            capacity=self.capacity,
+            implementation=self.implementation,
+        )
+        return jf.combine(2 * jf.dispatch(x, plan), weights, plan)
+
+    def arguments(self, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Global shapes of x, ids and weights."""
+
+        def shape(*row: int, dtype: Any) -> jax.ShapeDtypeStruct:
+            rows = self.ranks * self.tokens
+            return jax.ShapeDtypeStruct((rows, *row), dtype, sharding=NamedSharding(mesh, ROWS))
+
+        return (
+            shape(self.features, dtype=jnp.bfloat16),
+            shape(self.k, dtype=jnp.int32),
+            shape(self.k, dtype=jnp.float32),
+        )
+
+
+def forward(layer: Layer, mesh: Mesh) -> Callable[..., jax.Array]:
+    return jax.shard_map(
+        layer, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=layer.implementation != "ring"
+    )
+
+
+def train(layer: Layer, mesh: Mesh) -> Callable[..., Any]:
+    def loss(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.square(forward(layer, mesh)(x, ids, weights).astype(jnp.float32)).sum()
+
+    return jax.grad(loss, argnums=(0, 2))
+
+
+def compiled(function: Callable[..., Any], arguments: Any, **options: Any) -> Any:
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options or None)
+
+
+def custom_calls(text: str) -> Counter[str]:
+    """How often HLO calls each of our targets, without the prefix."""
+    return Counter(re.findall(r'custom_call_target="jax_fusco_(\w+)"', text))
+
+
+def computation_calls(text: str) -> dict[str, Counter[str]]:
+    """The same, by the computation that holds the calls."""
+    calls: dict[str, Counter[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if opening := re.match(r"(?:ENTRY )?%([\w.\-]+) .*\{$", line):
+            name = opening[1]
+        if found := custom_calls(line):
+            calls.setdefault(name, Counter()).update(found)
+    return calls
+
+
+# What a shuffle must not hold: exchanges of rows or counts by XLA, sorts, transfers, copies to the
+# host (memory space 5).
+UNWANTED = re.compile(
+    r"= [^=]*?\b(all-to-all|ragged-all-to-all|all-gather|collective-permute|reduce-scatter|sort|"
+    r"infeed|outfeed|send|recv)(-start)?\(|S\(5\)"
+)
+
+
+def unwanted(text: str) -> list[str]:
+    return [line.strip()[:160] for line in text.splitlines() if UNWANTED.search(line)]
