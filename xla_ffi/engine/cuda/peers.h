@@ -1,6 +1,6 @@
 // What movers ask of the table of their call, and tell it.
-#ifndef JAX_FUSCO_ENGINE_CUDA_FAILURE_H_
-#define JAX_FUSCO_ENGINE_CUDA_FAILURE_H_
+#ifndef JAX_FUSCO_ENGINE_CUDA_PEERS_H_
+#define JAX_FUSCO_ENGINE_CUDA_PEERS_H_
 
 #include "xla_ffi/engine/cuda/handshake.h"
 #include "xla_ffi/engine/cuda/kernels.h"
@@ -30,6 +30,16 @@ JAX_FUSCO_PROGRAM void MarkBadIndex(const Team& team, Table* table, int32_t of, 
   table->detail = BadIndexDetail(rank, index);
 }
 
+// Whether an operand of every rank may be read in such packs. All lanes of a warp together.
+template <typename Pack, typename Team>
+JAX_FUSCO_PROGRAM bool ArePeersAligned(const Team& team, const Table* table, int operand) {
+  int32_t others = 0;
+  for (int p = team.lane(); p < table->num_ranks; p += Team::kLanes) {
+    others += !Pack::IsAlignedTo(table->operand[p][operand]);
+  }
+  return SumOfLanes(team, others) == 0;
+}
+
 }  // namespace jax_fusco::cuda
 
-#endif  // JAX_FUSCO_ENGINE_CUDA_FAILURE_H_
+#endif  // JAX_FUSCO_ENGINE_CUDA_PEERS_H_

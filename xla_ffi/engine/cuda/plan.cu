@@ -10,22 +10,22 @@ constexpr int kSmallThreads = 512;
 // Up to so many assignments, and rows, one block does all that follows the layout.
 constexpr int64_t kSmallPlan = 8192;
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     CountOneTileKernel(const __grid_constant__ PlanArgs args,
                        const __grid_constant__ PlanLayout layout) {
   CountOneTile(DeviceTeam(), args, layout);
 }
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     CountTilesKernel(const __grid_constant__ PlanArgs args,
                      const __grid_constant__ PlanLayout layout) {
   CountTiles(DeviceTeam(), args, layout);
 }
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     ScanTilesKernel(const __grid_constant__ PlanArgs args,
                     const __grid_constant__ PlanLayout layout) {
   ScanTiles(DeviceTeam(), args, layout);
 }
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     SortTilesKernel(const __grid_constant__ PlanArgs args,
                     const __grid_constant__ PlanLayout layout) {
   SortTiles(DeviceTeam(), args, layout);
@@ -35,17 +35,17 @@ __global__ void __launch_bounds__(kSmallThreads)
                           const __grid_constant__ PlanLayout layout, const Table* table) {
   FinishSmallPlan(DeviceTeam(), args, layout, table);
 }
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     LayOutRanksKernel(const __grid_constant__ PlanArgs args,
                       const __grid_constant__ PlanLayout layout, const Table* table) {
   LayOutRanks(DeviceTeam(), args, layout, table);
 }
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     PlaceAllKernel(const __grid_constant__ PlanArgs args, const __grid_constant__ PlanLayout layout,
                    const Table* table) {
   PlaceAll(DeviceTeam(), args, layout, table);
 }
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     ChainAllKernel(const __grid_constant__ PlanArgs args, const __grid_constant__ PlanLayout layout,
                    const Table* table) {
   ChainAll(DeviceTeam(), args, layout, table);

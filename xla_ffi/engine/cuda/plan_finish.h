@@ -4,8 +4,8 @@
 #ifndef JAX_FUSCO_ENGINE_CUDA_PLAN_FINISH_H_
 #define JAX_FUSCO_ENGINE_CUDA_PLAN_FINISH_H_
 
-#include "xla_ffi/engine/cuda/failure.h"
 #include "xla_ffi/engine/cuda/kernels.h"
+#include "xla_ffi/engine/cuda/peers.h"
 #include "xla_ffi/engine/cuda/plan_cells.h"
 #include "xla_ffi/engine/cuda/plan_count.h"
 #include "xla_ffi/engine/cuda/plan_layout.h"

@@ -3,8 +3,8 @@
 #define JAX_FUSCO_ENGINE_CUDA_SOURCES_H_
 
 #include "xla_ffi/core/plan.h"
-#include "xla_ffi/engine/cuda/failure.h"
 #include "xla_ffi/engine/cuda/handshake.h"
+#include "xla_ffi/engine/cuda/peers.h"
 #include "xla_ffi/engine/cuda/team.h"
 
 namespace jax_fusco::cuda {

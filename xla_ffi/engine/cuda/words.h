@@ -22,9 +22,11 @@ JAX_FUSCO_PROGRAM bool IsAligned(const void* at) {
   return reinterpret_cast<uintptr_t>(at) % sizeof(Word) == 0;
 }
 
+// From global memory.
 template <typename Word>
 JAX_FUSCO_PROGRAM Word LoadWord(const void* from) {
 #if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(from));
   return *static_cast<const Word*>(from);
 #else
   Word word;
