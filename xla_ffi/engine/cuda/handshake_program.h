@@ -1,150 +1,23 @@
-// The handshake as a program, for a block of a GPU and for a thread of the host.
-//
-// A Team has:
-//
-//   thread(), num_threads()      who takes which board or peer
-//   Sync()                       all threads of the block
-//   outcome()                    an Outcome that the block shares
-//   First(Outcome*)              true for one thread of those that call it
-//   Stopped(Outcome*)            whether one has
-//   Acquire(p), Release(p, v)    loads and stores that other devices see, and that order the others
-//   Read(p), Write(p, v)         loads and stores that other devices see
-//   Fence()                      orders Read and Write where Acquire and Release do not
-//   Now()                        nanoseconds
-//   Pause()                      between two looks
+// The handshake as a program, for a block of a GPU and for threads of the host; handshake_wait.h
+// says what it asks of its team.
 //
 // Enter   Nobody knows yet which device holds which rank, so a rank writes its message and then its
 //         tag into its slot on every board, and waits until the slots of its peers on its own board
 //         hold the tag. Then it copies their messages and looks again.
-// Leave   The rank writes the tag into `left` on the boards of its peers and waits until all of
-// them
+// Leave   The rank writes the tag into `left` on its peers' boards and waits until all of them
 //         have: nobody reads its operands any more, and nobody it has read from has given up.
 // Failure Who gives up, for whatever reason, says so on every board before its call ends and its
 //         operands are used for something else. A mark stays to the end of the run, and no later
-//         call of the run on this device tries again: it fails at once, at this call site and at
-//         the others. So a late rank hears of it at once, and one that is reading hears it in
-//         Leave.
+//         call of the run on this device tries again: all fail at once, at every call site. So a
+//         late rank hears of it at once, and one that is reading hears of it in Leave.
 // Runs    A failure ends with its run: tags begin with the run, which the host knows. A rank that
 //         sees a peer in a later run has been given up; one that sees it in an earlier run waits.
 #ifndef JAX_FUSCO_ENGINE_CUDA_HANDSHAKE_PROGRAM_H_
 #define JAX_FUSCO_ENGINE_CUDA_HANDSHAKE_PROGRAM_H_
 
-#include "xla_ffi/engine/cuda/handshake.h"
-#include "xla_ffi/engine/cuda/team.h"
+#include "xla_ffi/engine/cuda/handshake_wait.h"
 
 namespace jax_fusco::cuda {
-
-// What the threads of a block tell each other about the call.
-struct Outcome {
-  uint64_t tag;
-  uint64_t start;
-  int32_t slot;  // this rank's on every board; -1: it has none
-  int32_t stop;
-  int32_t failure;
-  int32_t peer;
-  int64_t detail;
-};
-
-enum class Look : int32_t { kWait, kReady, kFailed };
-
-JAX_FUSCO_PROGRAM inline uint64_t RunOf(uint64_t tag) { return tag >> 32; }
-
-template <typename Team>
-JAX_FUSCO_PROGRAM void Stop(const Team& team, Failure failure, int32_t peer, int64_t detail) {
-  Outcome* outcome = team.outcome();
-  if (!team.First(outcome)) return;
-  outcome->failure = static_cast<int32_t>(failure);
-  outcome->peer = peer;
-  outcome->detail = detail;
-}
-
-template <typename Team>
-JAX_FUSCO_PROGRAM Look LookEnter(const Team& team, const Slot* slot, uint64_t tag) {
-  const uint64_t entered = team.Acquire(&slot->entered);
-  const uint64_t left = team.Acquire(&slot->left);
-  const uint64_t run = RunOf(left / 2);
-  if (entered > tag || run > RunOf(tag)) return Look::kFailed;
-  if (left % 2 == 1 && run == RunOf(tag)) return Look::kFailed;
-  return entered == tag ? Look::kReady : Look::kWait;
-}
-
-// A peer that failed in a later call of this run has left this one well.
-template <typename Team>
-JAX_FUSCO_PROGRAM Look LookLeave(const Team& team, const Slot* slot, uint64_t tag) {
-  const uint64_t left = team.Acquire(&slot->left);
-  const uint64_t run = RunOf(left / 2);
-  if (run > RunOf(tag)) return Look::kFailed;
-  if (left % 2 == 1 && run == RunOf(tag) && left / 2 <= tag) return Look::kFailed;
-  return left / 2 >= tag ? Look::kReady : Look::kWait;
-}
-
-// Waits for all peers but the rank itself, each thread for its own.
-template <typename Team>
-JAX_FUSCO_PROGRAM void Await(const Team& team, const Seat& seat, Phase phase) {
-  const Outcome* outcome = team.outcome();
-  const Slot* slots = seat.boards[seat.device]->slot;
-  const int32_t rank = seat.table->rank;
-  const int32_t num_ranks = seat.table->num_ranks;
-  const int32_t first = outcome->slot - rank;
-  for (;;) {
-    int32_t missing = -1;
-    for (int32_t p = team.thread(); p < num_ranks; p += team.num_threads()) {
-      if (p == rank) continue;
-      const Look look = phase == Phase::kEnter ? LookEnter(team, &slots[first + p], outcome->tag)
-                                               : LookLeave(team, &slots[first + p], outcome->tag);
-      if (look == Look::kFailed) return Stop(team, Failure::kPeerFailed, p, 0);
-      if (look == Look::kWait && missing < 0) missing = p;
-    }
-    if (missing < 0 || team.Stopped(team.outcome())) return;
-    if (team.Now() - outcome->start > seat.timeout_ns) {
-      return Stop(team, Failure::kTimeout, missing, 0);
-    }
-    team.Pause();
-  }
-}
-
-// Tells everybody that this rank has failed, once a run, and writes down why. Called by all
-// threads.
-template <typename Team>
-JAX_FUSCO_PROGRAM void Fail(const Team& team, const Seat& seat, Phase phase) {
-  const Outcome outcome = *team.outcome();
-  Board* board = seat.boards[seat.device];
-  const bool mark = outcome.slot >= 0 && board->marked != board->run;
-  team.Sync();
-  if (mark) {
-    for (int32_t b = team.thread(); b < seat.num_devices; b += team.num_threads()) {
-      if (seat.boards[b] == nullptr) continue;
-      team.Release(&seat.boards[b]->slot[outcome.slot].left, 2 * outcome.tag + 1);
-    }
-  }
-  team.Fence();
-  team.Sync();
-  if (team.thread() != 0) return;
-  if (mark) board->marked = board->run;
-  Table* table = seat.table;
-  table->failure = outcome.failure;
-  table->phase = static_cast<int32_t>(phase);
-  table->peer = outcome.peer;
-  table->detail = outcome.detail;
-  if (outcome.failure == static_cast<int32_t>(Failure::kFailedRun)) return;
-  team.Write(seat.failed_run, board->run_key);
-  Record* record = seat.record;
-  const uint64_t sequence = team.Read(&record->sequence);
-  team.Release(&record->sequence, 0);
-  team.Fence();
-  const auto pack = [](int32_t low, int32_t high) {
-    return static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low);
-  };
-  team.Write(&record->run, board->run);
-  team.Write(&record->call, board->calls);
-  team.Write(&record->rank, pack(table->rank, table->group));
-  team.Write(&record->peer, pack(outcome.peer, outcome.failure));
-  team.Write(&record->phase, pack(static_cast<int32_t>(phase), table->num_ranks));
-  team.Write(&record->detail, static_cast<uint64_t>(outcome.detail));
-  team.Write(&record->waited_ns, team.Now() - outcome.start);
-  team.Release(&record->sequence, sequence + 1);
-  team.Release(seat.alarm, 1);
-}
 
 // Which call this is, and whether it may be tried. One thread.
 template <typename Team>
