@@ -112,6 +112,7 @@ void CompilesWithoutADevice() {
   CHECK_EQ(site->Prepare(0, 1, 1, &stream).message, "jax_fusco: no driver.");
   CHECK_EQ(site->Begin(0, {}, &stream, nullptr).message, "a_call: GPU 0 has not been prepared.");
   machine.in_use_status = Status::Ok();
+  CHECK_EQ(site->Prepare(0, 1, 1, &stream).message, "jax_fusco: this process has no GPU in use.");
   machine.in_use = {0, 2};  // this process leaves GPU 1 to others
   CHECK(site->Prepare(2, 1, 2, &stream).ok());
   CHECK(site->Prepare(0, 1, 2, &stream).ok());

@@ -212,7 +212,8 @@ Status Arena::Get(Arena** arena) {
     std::vector<int> in_use;
     Status status = DevicesInUse(&in_use);
     if (!status.ok()) return status;
-    std::vector<int> ordinals(in_use.empty() ? 0 : static_cast<size_t>(in_use.back()) + 1, -1);
+    if (in_use.empty()) return Status::Internal("jax_fusco: this process has no GPU in use.");
+    std::vector<int> ordinals(static_cast<size_t>(in_use.back()) + 1, -1);
     for (int ordinal : in_use) ordinals[static_cast<size_t>(ordinal)] = ordinal;
     std::unique_ptr<Arena> made;
     status = Create(ordinals, &made);
