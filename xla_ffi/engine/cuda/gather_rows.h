@@ -41,19 +41,18 @@ JAX_FUSCO_PROGRAM void GatherRowsByWords(const Team& team, const GatherRowsArgs&
   const Sources sources = SourcesOf(args);
   const auto words = args.row_bytes / static_cast<int64_t>(sizeof(Word));
   const int64_t segments = (words + width * kWords - 1) / (width * kWords);
-  const int64_t parts = args.num_rows * segments;
-  const int64_t step = ThreadsOfGrid(team) / width;
   char* const out = static_cast<char*>(args.out);
-  for (int64_t first = ThreadOfGrid(team) / width; first < parts; first += step * kParts) {
+  for (Parts parts(args.num_rows, segments, FirstRow(args.num_rows, table),
+                   ThreadOfGrid(team) / width, ThreadsOfGrid(team) / width);
+       parts.any();) {
     RowPart part[kParts];
     bool aligned = true;
     JAX_FUSCO_UNROLL
     for (int p = 0; p < kParts; ++p) {
-      const int64_t i = first + p * step;
-      if (i >= parts) continue;
-      const int64_t at = Rotated(i, parts, table);
-      part[p].row = segments == 1 ? at : at / segments;
-      part[p].word = (at - part[p].row * segments) * width * kWords + team.thread() % width;
+      if (!parts.any()) continue;
+      part[p].row = parts.row();
+      part[p].word = parts.part() * width * kWords + team.thread() % width;
+      parts.Next();
       part[p].order =
           OrderOf(team, sources, table, part[p].row, EntryOf(sources, part[p].row), args.zero_tail);
       part[p].from = RowOf(args, table, part[p].order);
@@ -138,6 +137,7 @@ inline int64_t BulkSharedBytes(const BulkShape& shape, int warps) {
 
 // A piece on its way.
 struct Piece {
+  bool exists = false;
   Order order;
   const char* from = nullptr;  // not null: on its way to the stage
   int64_t row = 0;
@@ -163,49 +163,46 @@ class BulkLane {
         stages_(stages),
         bulk_(bulk) {}
 
-  // Copies pieces first, first + step, ... of all.
-  JAX_FUSCO_PROGRAM void Run(int64_t first, int64_t step) {
+  // Copies the pieces.
+  JAX_FUSCO_PROGRAM void Run(Parts pieces) {
     constexpr int kAhead = BulkShape::kAhead;
     constexpr int kStages = BulkShape::kStages;
-    const int64_t count = args_.num_rows * shape_.pieces;
     Piece ring[kStages];
-    int64_t i = first;
-    Entry entry = Fetch(i, count);
+    Entry entry = Fetch(pieces);
     JAX_FUSCO_UNROLL
     for (int s = 0; s < kAhead; ++s) {
-      ring[s] = Start(i, count, entry, s);
-      i += step;
-      entry = Fetch(i, count);
+      ring[s] = Start(pieces, entry, s);
+      pieces.Next();
+      entry = Fetch(pieces);
     }
-    for (int64_t done = first; done < count;) {
+    for (bool more = true; more;) {
       JAX_FUSCO_UNROLL
       for (int s = 0; s < kStages; ++s) {
         // The stage was last stored from kStages - kAhead commits ago.
         bulk_->template Stored<kStages - kAhead - 1>();
-        ring[(s + kAhead) % kStages] = Start(i, count, entry, (s + kAhead) % kStages);
-        i += step;
-        entry = Fetch(i, count);
-        if (done < count) Write(ring[s], s);
+        ring[(s + kAhead) % kStages] = Start(pieces, entry, (s + kAhead) % kStages);
+        pieces.Next();
+        entry = Fetch(pieces);
+        Write(ring[s], s);
         bulk_->Commit();
-        done += step;
       }
+      more = ring[0].exists;  // those started last are written next
     }
     bulk_->Finish();
   }
 
  private:
-  // The entry of the row of piece i, long before it is needed.
-  JAX_FUSCO_PROGRAM Entry Fetch(int64_t i, int64_t count) const {
-    if (i >= count) return {0, kTail, 0};
-    return EntryOf(sources_, Rotated(i, count, table_) / shape_.pieces);
+  // The entry of a piece's row, long before it is needed.
+  JAX_FUSCO_PROGRAM Entry Fetch(const Parts& pieces) const {
+    return pieces.any() ? EntryOf(sources_, pieces.row()) : Entry{0, kTail, 0};
   }
 
-  JAX_FUSCO_PROGRAM Piece Start(int64_t i, int64_t count, const Entry& entry, int stage) {
+  JAX_FUSCO_PROGRAM Piece Start(const Parts& pieces, const Entry& entry, int stage) {
     Piece piece;
-    if (i >= count) return piece;
-    const int64_t at = Rotated(i, count, table_);
-    piece.row = at / shape_.pieces;
-    piece.offset = (at - piece.row * shape_.pieces) * shape_.piece;
+    if (!pieces.any()) return piece;
+    piece.exists = true;
+    piece.row = pieces.row();
+    piece.offset = pieces.part() * shape_.piece;
     const int64_t left = args_.row_bytes - piece.offset;
     piece.bytes = static_cast<int32_t>(left < shape_.piece ? left : shape_.piece);
     piece.order = OrderOf(team_, sources_, table_, piece.row, entry, args_.zero_tail);
@@ -272,8 +269,9 @@ JAX_FUSCO_PROGRAM void GatherRowsInBulk(const Team& team, const GatherRowsArgs& 
   team.Sync();
   if (team.lane() >= shape.lanes) return;
   BulkLane<Bulk, Team>(team, args, table, shape, zeros, rings + lane * kStages * shape.piece, &bulk)
-      .Run(int64_t{team.block()} * team.num_warps() * shape.lanes + lane,
-           WarpsOfGrid(team) * shape.lanes);
+      .Run(Parts(args.num_rows, shape.pieces, FirstRow(args.num_rows, table),
+                 int64_t{team.block()} * team.num_warps() * shape.lanes + lane,
+                 WarpsOfGrid(team) * shape.lanes));
 }
 
 }  // namespace jax_fusco::cuda

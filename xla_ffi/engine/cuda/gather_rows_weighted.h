@@ -105,8 +105,10 @@ JAX_FUSCO_PROGRAM void GatherRowsWeighted(const Team& team, const GatherRowsWeig
                        ArePeersAligned<Pack<G, N>>(team, table, 0);
   const Sources sources{args.num_rows, args.source_rank, args.source,
                         args.chain,    args.k,           args.tokens};
-  for (int64_t i = WarpOfGrid(team); i < args.num_rows; i += WarpsOfGrid(team)) {
-    int64_t row = Rotated(i, args.num_rows, table);
+  for (Parts parts(args.num_rows, 1, FirstRow(args.num_rows, table), WarpOfGrid(team),
+                   WarpsOfGrid(team));
+       parts.any(); parts.Next()) {
+    int64_t row = parts.row();
     const Order order = OrderOf(team, sources, table, row, EntryOf(sources, row), true);
     if (order.task == Task::kNone) continue;
     const bool takes = order.task == Task::kTake;

@@ -114,7 +114,7 @@ JAX_FUSCO_PROGRAM void RaggedAllToAll(const Team& team, const RaggedAllToAllArgs
       slice = SliceAt(team, args, table, first + team.thread(), &fits);
     }
     const int64_t size = slice.size * words;
-    const int64_t before = ScanOfBlock(team, size);
+    const int64_t before = ScanOfBlock(team, size);  // nobody reads the last batch any more
     const int t = team.thread();
     batch.begin[t] = before;
     if (t + 1 == team.num_threads()) batch.begin[t + 1] = before + size;
@@ -126,7 +126,6 @@ JAX_FUSCO_PROGRAM void RaggedAllToAll(const Team& team, const RaggedAllToAllArgs
     const int64_t share = (all + team.num_blocks() - 1) / team.num_blocks();
     const int64_t begin = share * team.block();
     CopyWords<Word>(team, batch, 0, begin, begin + share < all ? begin + share : all);
-    team.Sync();
   }
 }
 

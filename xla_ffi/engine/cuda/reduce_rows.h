@@ -110,14 +110,14 @@ JAX_FUSCO_PROGRAM void ReduceRows(const Team& team, const ReduceRowsArgs& args, 
   constexpr int N = kReduceUnit<Y>;
   const bool aligned = args.length % N == 0 && Pack<Out, N>::IsAlignedTo(args.out) &&
                        ArePeersAligned<Pack<Y, N>>(team, table, 0);
+  const int64_t units = aligned ? args.length / N : args.length;
+  const int64_t step = kUnits * Team::kLanes;
+  const int64_t share = ((units + step - 1) / step + parts - 1) / parts * step;
   for (int64_t i = WarpOfGrid(team); i < args.tokens * parts; i += WarpsOfGrid(team)) {
-    const int64_t token = i / parts;
+    const int64_t token = parts == 1 ? i : i / parts;
     const int64_t part = i - token * parts;
     Terms<Y, kTerms> terms;
     terms.Find(team, args, table, token, 0);
-    const int64_t units = aligned ? args.length / N : args.length;
-    const int64_t step = kUnits * Team::kLanes;
-    const int64_t share = ((units + step - 1) / step + parts - 1) / parts * step;
     const int64_t first = part * share;
     const int64_t last = first + share < units ? first + share : units;
     if (aligned) {

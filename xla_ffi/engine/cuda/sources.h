@@ -17,6 +17,11 @@ struct Sources {
   const int32_t* chain;
   int64_t fanout;
   int64_t peer_rows;
+
+  JAX_FUSCO_PROGRAM int64_t RowOf(int32_t source) const {
+    if (fanout <= 1) return source;
+    return fanout > INT32_MAX ? 0 : source / static_cast<int32_t>(fanout);
+  }
 };
 
 // What the arrays say of one row.
@@ -65,7 +70,7 @@ JAX_FUSCO_PROGRAM Order OrderOf(const Team& team, const Sources& sources, Table*
     return order;
   }
   order.rank = entry.rank;
-  order.row = sources.fanout == 1 ? entry.source : entry.source / sources.fanout;
+  order.row = sources.RowOf(entry.source);
   const bool exists =
       entry.rank >= 0 && entry.rank < table->num_ranks && order.row < sources.peer_rows;
   if (!exists) MarkBadIndex(team, table, table->rank, entry.rank, entry.source);
@@ -75,13 +80,45 @@ JAX_FUSCO_PROGRAM Order OrderOf(const Team& team, const Sources& sources, Table*
   return order;
 }
 
-// So that not all ranks begin with rows from the same peer, rank r begins at the part of its buffer
-// that comes from rank r + 1 if there is one expert: which of `count` pieces is the i-th.
-JAX_FUSCO_PROGRAM inline int64_t Rotated(int64_t i, int64_t count, const Table* table) {
-  const int64_t first = count * ((table->rank + 1) % table->num_ranks) / table->num_ranks;
-  const int64_t at = first + i;
-  return at < count ? at : at - count;
+// So that not all ranks begin with rows from the same peer, rank r begins where the rows from rank
+// r + 1 are if there is one expert.
+JAX_FUSCO_PROGRAM inline int64_t FirstRow(int64_t num_rows, const Table* table) {
+  return num_rows * ((table->rank + 1) % table->num_ranks) / table->num_ranks;
 }
+
+// Goes through the parts of all rows, `of_row` each, in steps of `step` parts from the `first`, and
+// through the rows from `first_row` on and round. Divides once.
+class Parts {
+ public:
+  JAX_FUSCO_PROGRAM Parts(int64_t num_rows, int64_t of_row, int64_t first_row, int64_t first,
+                          int64_t step)
+      : num_rows_(num_rows), of_row_(of_row), step_(step), left_(num_rows * of_row - first) {
+    step_rows_ = of_row == 1 ? step : step / of_row;
+    step_parts_ = step - step_rows_ * of_row;
+    row_ = of_row == 1 ? first : first / of_row;
+    part_ = first - row_ * of_row;
+    row_ += first_row;
+    if (row_ >= num_rows_) row_ -= num_rows_;
+  }
+  // Whether there is one: row() and part() say which.
+  JAX_FUSCO_PROGRAM bool any() const { return left_ > 0; }
+  JAX_FUSCO_PROGRAM int64_t row() const { return row_; }
+  JAX_FUSCO_PROGRAM int64_t part() const { return part_; }
+  JAX_FUSCO_PROGRAM void Next() {
+    left_ -= step_;
+    row_ += step_rows_;
+    part_ += step_parts_;
+    if (part_ >= of_row_) {
+      part_ -= of_row_;
+      ++row_;
+    }
+    if (row_ >= num_rows_) row_ -= num_rows_;
+  }
+
+ private:
+  int64_t num_rows_, of_row_, step_, step_rows_, step_parts_;
+  int64_t left_, row_, part_;
+};
 
 }  // namespace jax_fusco::cuda
 
