@@ -8,13 +8,15 @@ PYTEST_ARGS ?=
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 QUIET ?= -qq
+# The engine of NVIDIA GPUs: ON, OFF, or AUTO (if nvcc is found).
+CUDA ?= OFF
 
 BIN := $(VENV)/bin
-NATIVE := $(shell find CMakeLists.txt xla_ffi -name '*.h' -o -name '*.cc' -o -name CMakeLists.txt)
+NATIVE := $(shell find CMakeLists.txt cmake xla_ffi -type f)
 NATIVE_TESTS := $(shell find tests/native -type f)
-FORMATTED := $(filter %.h %.cc,$(NATIVE) $(NATIVE_TESTS))
+FORMATTED := $(filter %.h %.cc %.cu,$(NATIVE) $(NATIVE_TESTS))
 
-.PHONY: help test native pytest levanter train bench lint format types bazel wheel clean
+.PHONY: help test native pytest protocol cuda levanter train bench lint format types bazel wheel clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -28,7 +30,8 @@ $(BIN)/python:
 
 $(VENV)/.package: pyproject.toml $(NATIVE) | $(BIN)/python
 	@echo "Building and installing jax_fusco into $(VENV): a minute or two"
-	$(BIN)/python -m pip install $(QUIET) "$(JAX)" --editable .
+	$(BIN)/python -m pip install $(QUIET) --config-settings=cmake.define.JAX_FUSCO_CUDA=$(CUDA) \
+	  "$(JAX)" --editable .
 	@touch $@
 
 # Tools (pyproject's dependency groups) need no built package.
@@ -49,12 +52,26 @@ native-address: SANITIZE := address,undefined
 native-thread: SANITIZE := thread
 native-%: $(VENV)/.group-native
 	$(BIN)/cmake -S . -B _skbuild/native-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_TESTS=ON -DJAX_FUSCO_SANITIZE=$(SANITIZE) --log-level=WARNING
+	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_TESTS=ON -DJAX_FUSCO_CUDA=OFF -DJAX_FUSCO_SANITIZE=$(SANITIZE) --log-level=WARNING
 	$(BIN)/cmake --build _skbuild/native-$*
 	$(BIN)/ctest --test-dir _skbuild/native-$* --output-on-failure --no-tests=error
 
 pytest: $(VENV)/.extra-test  ## Python tests: make pytest PYTEST_ARGS='tests/unit -k plan'
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+protocol: $(VENV)/.extra-test  ## the handshake of GPUs, in all interleavings; wants spin
+	@command -v spin > /dev/null || { echo "make protocol: needs spin (Debian's package spin)"; exit 1; }
+	$(BIN)/python -m pytest tests/protocol
+
+# No GPU is needed: nvcc compiles the kernels, and the real XLA:GPU programs that call them.
+cuda: CUDA := ON
+cuda: $(VENV)/.extra-test $(VENV)/.group-native  ## wants nvcc, VENV=.venv-cuda JAX='jax[cuda13]' and Python 3.12
+	$(BIN)/cmake -S . -B _skbuild/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_CUDA=ON --log-level=WARNING
+	$(BIN)/cmake --build _skbuild/cuda --clean-first > _skbuild/cuda.log || (tail -n 100 _skbuild/cuda.log; false)
+	$(BIN)/python tools/ptxas_report.py _skbuild/cuda.log
+	$(BIN)/python -m pytest tests/xla_gpu
+	$(BIN)/jax-fusco doctor
 
 levanter: $(VENV)/.package  ## Levanter's own MoE over jax_fusco; wants VENV=.venv-levanter and Python 3.12
 	$(BIN)/python -m pip install $(QUIET) --requirement examples/levanter_requirements.txt
