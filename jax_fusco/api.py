@@ -321,9 +321,8 @@ def _choose(implementation: Implementation, axis: Axis) -> str:
             return "xla"
         if not axis.names and mesh.platform() is None:
             return "platform"
-        on_gpu = mesh.platform() in mesh.GPU_PLATFORMS and ffi.cuda_module() is not None
-        known = mesh.platform() == "cpu" or on_gpu
-        return "fused" if known and jax.process_count() == 1 else "xla"
+        # GPUs: the engine must be asked for by name until runs on GPUs have shown it.
+        return "fused" if mesh.platform() == "cpu" and jax.process_count() == 1 else "xla"
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     reason = "need one or more of 'xla', 'fused'"
     for name in names:

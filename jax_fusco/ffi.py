@@ -192,13 +192,15 @@ def gather_rows(
     rows: tuple[jax.Array, ...],
     source_rank: jax.Array,
     source: jax.Array,
-    chain: jax.Array,
+    chain: jax.Array | None = None,
     *,
     axis: Axis,
     fanout: int,
     zero_tail: bool,
 ) -> tuple[jax.Array, ...]:
     """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero (or untouched) where negative."""
+    if chain is None:
+        chain = jnp.zeros(0, jnp.int32)
     attributes = {"fanout": fanout, "zero_tail": int(zero_tail)}
     moved: list[jax.Array] = []
     for first in range(0, len(rows), MAX_ARRAYS):

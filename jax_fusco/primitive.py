@@ -28,10 +28,7 @@ def _run(implementation: str, name: str, *args: Any, **static: Any) -> Any:
         return getattr(IMPLEMENTATIONS[implementation], name)(*args, **static)
     branches = {key: functools.partial(getattr(module, name), **static)
                 for key, module in IMPLEMENTATIONS.items()}  # fmt: skip
-    fused = {"cpu": branches["fused"]}
-    if ffi.may_run_on_gpu():
-        fused["cuda"] = branches["fused"]
-    return lax.platform_dependent(*args, **fused, default=branches["xla"])
+    return lax.platform_dependent(*args, cpu=branches["fused"], default=branches["xla"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Call:
 
 def plan(call: Call, expert_ids: jax.Array, **static: int) -> tuple[jax.Array, ...]:
     """The integers of a shuffle, in the order of the fields of `Plan`."""
-    chained = call.implementation != "xla" and ffi.may_run_on_gpu()
+    chained = call.implementation == "fused" and ffi.may_run_on_gpu()
     static["chain_rows"] = static["capacity"] if chained else 0
     return _run(call.implementation, "plan", unshard(expert_ids), axis=call.axis, **static)
 
@@ -160,7 +157,6 @@ def _combine_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
             (dots,),
             slot_rank.reshape(-1),
             slot.reshape(-1),
-            chain[:0],
             axis=call.axis,
             fanout=1,
             zero_tail=True,

@@ -55,8 +55,9 @@ def test_every_dtype_goes_through_unchanged(dtype):
     x = test_dtypes.random_bytes(rng, (RANKS, 17, 24), dtype)
 
     def run(ids, x):
-        plan = jf.make_plan(ids, axis_name="expert", num_experts=RANKS * 4, alignment=8)
-        assert plan.implementation == "fused"
+        plan = jf.make_plan(
+            ids, axis_name="expert", num_experts=RANKS * 4, alignment=8, implementation="fused"
+        )
         return jf.dispatch({"x": x, "ids": jnp.arange(17)}, plan)["x"]
 
     assert_same_bits(per_rank(run, RANKS)(ids, x), oracle.dispatch(x, plan))
@@ -96,7 +97,9 @@ def test_the_same_bits_on_every_run():
     weights = rng.standard_normal(ids.shape).astype("f4")
 
     def run(ids, x, weights):
-        plan = jf.make_plan(ids, axis_name="expert", num_experts=RANKS * 16, capacity=4000)
+        plan = jf.make_plan(
+            ids, axis_name="expert", num_experts=RANKS * 16, capacity=4000, implementation="fused"
+        )
         out = jf.combine(jf.dispatch(x, plan), weights, plan)
         return jax.tree.leaves(plan), out
 
@@ -125,7 +128,7 @@ def test_without_a_mesh():
 
     @jax.jit
     def run(ids, x):
-        plan = jf.make_plan(ids, axis_name=None, num_experts=8)
+        plan = jf.make_plan(ids, axis_name=None, num_experts=8, implementation="fused")
         return jf.combine(jf.dispatch(x, plan), None, plan)
 
     plan = oracle.make_plan(ids, 8)

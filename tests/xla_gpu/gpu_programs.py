@@ -41,7 +41,7 @@ class Layer:
     k: int = 8
     experts: int = 128
     features: int = 2048
-    implementation: str | None = None  # or "ring"
+    implementation: str = "fused"  # or "xla" or "ring"
 
     @property
     def capacity(self) -> int:

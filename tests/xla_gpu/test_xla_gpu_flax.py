@@ -24,6 +24,7 @@ def step_and_arguments(mesh):
             num_experts=128,
             top_k=8,
             mesh=mesh,
+            implementation="fused",
             dtype=jnp.bfloat16,
             param_dtype=jnp.float32,
             rngs=nnx.Rngs(0),
