@@ -258,7 +258,7 @@ JAX_FUSCO_PROGRAM void GatherRowsInBulk(const Team& team, const GatherRowsArgs& 
   char* const zeros = team.shared() + (stages * 8 + 127) / 128 * 128;
   char* const rings = zeros + shape.piece;
   for (int64_t i = team.thread(); i * 16 < shape.piece; i += team.num_threads()) {
-    StoreWord(zeros + i * 16, Word16{});
+    *reinterpret_cast<Word16*>(zeros + i * 16) = Word16{};
   }
   const int64_t lane = int64_t{team.warp()} * shape.lanes + team.lane();  // of those that copy
   Bulk bulk(barriers + lane * kStages);

@@ -43,8 +43,8 @@ JAX_FUSCO_PROGRAM TokenRows<Sum> TakeRows(const Team& team, const GatherRowsWeig
   return rows;
 }
 
-// The rows' dy and dots, from a row of g; null: they are zero, and y is not read. A lane has kUnits
-// units of N elements, kLanes apart, at a time.
+// The rows' dy and dots, from a row of g. A lane has kUnits units of N elements, kLanes apart, at a
+// time.
 template <typename G, typename Y, int kUnits, int N, typename Team>
 JAX_FUSCO_PROGRAM void ScaleRows(const Team& team, const GatherRowsWeightedArgs& args, const G* g,
                                  TokenRows<SumOf<Y>>* rows) {
@@ -56,7 +56,7 @@ JAX_FUSCO_PROGRAM void ScaleRows(const Team& team, const GatherRowsWeightedArgs&
     JAX_FUSCO_UNROLL
     for (int u = 0; u < kUnits; ++u) {
       const int64_t unit = own + u * Team::kLanes;
-      if (g != nullptr && unit < units) from[u] = Pack<G, N>::Load(g + unit * N);
+      if (unit < units) from[u] = Pack<G, N>::Load(g + unit * N);
     }
     for (int i = 0; i < rows->count; ++i) {
       const int64_t at = team.Shuffle(rows->row, i) * args.length;
@@ -67,22 +67,20 @@ JAX_FUSCO_PROGRAM void ScaleRows(const Team& team, const GatherRowsWeightedArgs&
       JAX_FUSCO_UNROLL
       for (int u = 0; u < kUnits; ++u) {
         const int64_t unit = own + u * Team::kLanes;
-        if (g != nullptr && unit < units) other[u] = Pack<Y, N>::Load(y + unit * N);
+        if (unit < units) other[u] = Pack<Y, N>::Load(y + unit * N);
       }
       Sum dot = 0;
       JAX_FUSCO_UNROLL
       for (int u = 0; u < kUnits; ++u) {
         const int64_t unit = own + u * Team::kLanes;
         Pack<Y, N> scaled{};
-        if (g != nullptr) {
-          JAX_FUSCO_UNROLL
-          for (int e = 0; e < N; ++e) {
-            const Sum value = To<Sum>(from[u][e]);
-            Y rounded;
-            Round(weight * value, &rounded);
-            scaled.Set(e, rounded);
-            dot = Fma(value, To<Sum>(other[u][e]), dot);
-          }
+        JAX_FUSCO_UNROLL
+        for (int e = 0; e < N; ++e) {
+          const Sum value = To<Sum>(from[u][e]);
+          Y rounded;
+          Round(weight * value, &rounded);
+          scaled.Set(e, rounded);
+          dot = Fma(value, To<Sum>(other[u][e]), dot);
         }
         if (unit < units) scaled.Store(dy + unit * N);
       }
@@ -91,6 +89,20 @@ JAX_FUSCO_PROGRAM void ScaleRows(const Team& team, const GatherRowsWeightedArgs&
     }
   }
   if (team.lane() < rows->count) static_cast<Sum*>(args.dots)[rows->row] = rows->dot;
+}
+
+// dy and dots of rows without a source: zero, and y is not read.
+template <typename Y, int N, typename Team>
+JAX_FUSCO_PROGRAM void ClearRows(const Team& team, const GatherRowsWeightedArgs& args,
+                                 const TokenRows<SumOf<Y>>& rows) {
+  const int64_t units = args.length / N;
+  for (int i = 0; i < rows.count; ++i) {
+    Y* const dy = static_cast<Y*>(args.dy) + team.Shuffle(rows.row, i) * args.length;
+    for (int64_t unit = team.lane(); unit < units; unit += Team::kLanes) {
+      Pack<Y, N>{}.Store(dy + unit * N);
+    }
+  }
+  if (team.lane() < rows.count) static_cast<SumOf<Y>*>(args.dots)[rows.row] = 0;
 }
 
 // A warp for each row that is not a later one of its chain.
@@ -112,16 +124,20 @@ JAX_FUSCO_PROGRAM void GatherRowsWeighted(const Team& team, const GatherRowsWeig
     const Order order = OrderOf(team, sources, table, row, EntryOf(sources, row), true);
     if (order.task == Task::kNone) continue;
     const bool takes = order.task == Task::kTake;
-    const G* const g =
-        takes ? static_cast<const G*>(table->operand[order.rank][0]) + order.row * args.length
-              : nullptr;
     for (int64_t next = order.next; row < args.num_rows;) {
       TokenRows<SumOf<Y>> rows =
           TakeRows<SumOf<Y>>(team, args, sources, table, takes ? order.rank : -1, &row, &next);
-      if (aligned) {
+      const G* const g =
+          takes ? static_cast<const G*>(table->operand[order.rank][0]) + order.row * args.length
+                : nullptr;
+      if (takes && aligned) {
         ScaleRows<G, Y, kUnits, N>(team, args, g, &rows);
-      } else {
+      } else if (takes) {
         ScaleRows<G, Y, kUnits, 1>(team, args, g, &rows);
+      } else if (aligned) {
+        ClearRows<Y, N>(team, args, rows);
+      } else {
+        ClearRows<Y, 1>(team, args, rows);
       }
     }
   }

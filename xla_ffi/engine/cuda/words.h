@@ -35,10 +35,21 @@ JAX_FUSCO_PROGRAM Word LoadWord(const void* from) {
 #endif
 }
 
+// To global memory. The compiler would take a word that was put together from elements apart again
+// and store it in pieces.
 template <typename Word>
 JAX_FUSCO_PROGRAM void StoreWord(void* to, const Word& word) {
 #if defined(__CUDA_ARCH__)
-  *static_cast<Word*>(to) = word;
+  if constexpr (sizeof(Word) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+  } else if constexpr (sizeof(Word) == 8) {
+    asm volatile("st.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(word)
+                 : "memory");
+  } else {
+    *static_cast<Word*>(to) = word;
+  }
 #else
   std::memcpy(to, &word, sizeof(word));
 #endif
