@@ -179,10 +179,9 @@ def plan(
         (),
         (chain_rows,),
     ]
-    scratch = 0
-    if may_run_on_gpu():
-        shape = (axis.size, *expert_ids.shape, num_experts, capacity, alignment)
-        scratch = cuda_module().plan_scratch_bytes(*shape)
+    module = cuda_module() if may_run_on_gpu() else None
+    shape = (axis.size, *expert_ids.shape, num_experts, capacity, alignment)
+    scratch = 0 if module is None else module.plan_scratch_bytes(*shape)
     results = [*((shape, jnp.int32) for shape in shapes), ((scratch,), jnp.uint8)]
     attributes = {"num_experts": num_experts, "alignment": alignment}
     return tuple(_call("plan", axis, results, expert_ids, attributes=attributes))[:-1]
