@@ -186,6 +186,22 @@ void PlanAtTheEdges() {
   }
 }
 
+// As many ranks as there may be; each finds the others' lists.
+void PlanOfManyRanks() {
+  Random random(5);
+  const PlanShape shape{cuda::kMaxRanks, 1, 2, cuda::kMaxRanks, 4, 1};
+  const std::vector<Ints> ids = RandomIds(shape, random);
+  const PlanLayout layout = cuda::LayOutPlan(shape, RandomBlocks(random));
+  const auto ranks = Prepare(shape, layout, ids, true);
+  for (const auto& rank : ranks) RunCount(rank->args, layout);
+  const std::vector<PlanArrays> expected = NaivePlan(shape, ids);
+  for (size_t r : {size_t{0}, ranks.size() - 1}) {
+    RunFinish(ranks[r]->args, layout, &ranks[r]->table, r == 0);
+    CheckSamePlan(ranks[r]->results, expected[r]);
+    CHECK_EQ(ranks[r]->chain, NaiveChain(shape, expected[r]));
+  }
+}
+
 // Where the handshake failed nothing of the peers is touched.
 void PlanWithoutPeers() {
   const PlanShape shape{2, 5, 2, 4, 20, 1};
@@ -211,5 +227,6 @@ int main(int argc, char** argv) {
                   {{"CellsAreTheWaterFill", CellsAreTheWaterFill},
                    {"PlanIsTheLiteralLoop", PlanIsTheLiteralLoop},
                    {"PlanAtTheEdges", PlanAtTheEdges},
+                   {"PlanOfManyRanks", PlanOfManyRanks},
                    {"PlanWithoutPeers", PlanWithoutPeers}});
 }
