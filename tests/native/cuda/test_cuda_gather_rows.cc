@@ -9,6 +9,7 @@
 #include "tests/native/cuda/host_team.h"
 #include "tests/native/cuda/rank_cases.h"
 #include "xla_ffi/engine/cuda/gather_rows.h"
+#include "xla_ffi/engine/cuda/gather_rows_bulk.h"
 
 namespace jax_fusco::testing {
 namespace {

@@ -7,7 +7,8 @@
 namespace jax_fusco::cuda {
 
 // Copies between global and shared memory, 16-byte aligned and a multiple of 16 bytes each.
-// gather_rows.h says what the functions promise. One thread owns it, and `barriers`, one a stage.
+// gather_rows_bulk.h says what the functions promise. One thread owns it, and `barriers`, one a
+// stage.
 class DeviceBulk {
  public:
   static __device__ uint32_t Shared(const void* p) {

@@ -1,5 +1,6 @@
 #include "xla_ffi/engine/cuda/bulk.h"
 #include "xla_ffi/engine/cuda/gather_rows.h"
+#include "xla_ffi/engine/cuda/gather_rows_bulk.h"
 #include "xla_ffi/engine/cuda/launch.h"
 
 namespace jax_fusco::cuda {

@@ -133,8 +133,7 @@ struct Output {
 inline constexpr int kMaxOutputs = 16;
 // After Leave: where the table says that the call failed, fills the outputs, at most kMaxOutputs,
 // with 0xff (NaN in every floating type, -1 in integers).
-Error LaunchFillIfFailed(const Output* outputs, int num_outputs, const Table* table,
-                         Stream stream);
+Error LaunchFillIfFailed(const Output* outputs, int num_outputs, const Table* table, Stream stream);
 
 }  // namespace jax_fusco::cuda
 
