@@ -98,6 +98,16 @@ def test_rows_of_any_rank_and_length_travel_together(implementation):
     jax.tree.map(lambda got, value: assert_same_bits(got, oracle.dispatch(value, plan)), rows, x)
 
 
+@pytest.mark.parametrize("count", [17, 40])
+def test_more_arrays_than_one_call_moves(count):
+    rng = np.random.default_rng(0)
+    ids = routings.distinct(rng, 4, 6, 3, 8)
+    plan = oracle.make_plan(ids, 8)
+    x = [rng.integers(0, 99, (4, 6, 1 + i % 3), np.int32) for i in range(count)]
+    rows = dispatch_program("fused")(ids, x)
+    jax.tree.map(lambda got, value: assert_same_bits(got, oracle.dispatch(value, plan)), rows, x)
+
+
 @both
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e5m2"])
 def test_rows_that_are_no_multiple_of_a_word(implementation, dtype):

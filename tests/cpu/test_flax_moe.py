@@ -19,6 +19,7 @@ from jax_fusco.flax import (
     MoE,
     MoEMetrics,
     Router,
+    Routing,
     SigmoidRouter,
     SoftmaxRouter,
     TopKSoftmaxRouter,
@@ -341,6 +342,27 @@ def test_what_finds_no_room_is_dropped_and_counted() -> None:
     assert jnp.isfinite(y).all()
 
 
+class LostRouter(SoftmaxRouter):
+    """A softmax router whose first choice for every fourth token is an expert there is not."""
+
+    def __call__(
+        self, logits: jax.Array, top_k: int, balance_bias: jax.Array | None = None
+    ) -> Routing:
+        routing = super().__call__(logits, top_k, balance_bias)
+        ids = routing.expert_ids.at[::4, 0].set(logits.shape[1])
+        return routing._replace(expert_ids=ids)
+
+
+def test_ids_of_no_expert_move_nothing_and_are_counted() -> None:
+    moe, x = block(router=LostRouter()), tokens_of(8, 8, 12)
+    with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
+        y, metrics = nnx.jit(lambda moe, x: moe(x))(moe, x)
+    assert metrics.invalid == 64 // 4
+    assert metrics.tokens_per_expert.sum() == 64 * 2 - 64 // 4
+    assert metrics.dropped == 0
+    assert jnp.isfinite(y).all()
+
+
 def test_bfloat16_computes_in_bfloat16_and_routes_in_float32() -> None:
     moe, x = block(dtype=jnp.bfloat16), tokens_of(4, 6, 12)
     mesh = make_mesh({"data": 2, "expert": 2, "model": 2})
@@ -363,6 +385,7 @@ def test_undefined_rows_never_spread(activation: str, monkeypatch: pytest.Monkey
 
     def poisoned(x: jax.Array, plan: jf.Plan, *, padding: str) -> jax.Array:
         assert padding == "undefined"
+        assert plan.alignment == 4
         rows = real(x, plan, padding=padding)
         tail = jnp.arange(plan.capacity) >= plan.group_sizes.sum()
         return jnp.where(tail[:, None], jnp.nan, rows)

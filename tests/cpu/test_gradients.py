@@ -13,6 +13,8 @@ import routings
 from helpers import assert_same_bits, both, cases, per_rank
 
 import jax_fusco as jf
+from jax_fusco.mesh import Axis
+from jax_fusco.primitive import IMPLEMENTATIONS
 
 
 def vjp_program(implementation, num_ranks, num_experts, capacity, alignment, weighted=True, **kw):
@@ -205,6 +207,45 @@ def test_integer_leaves_of_a_payload_have_no_gradient(implementation):
     grad = per_rank(jax.grad(loss), 4)(x, ids, adapter)
     g = scale[None, :, None] * oracle.dispatch(adapter, plan)[..., None] * np.ones(3, "f4")
     assert_same_bits(grad, oracle.dispatch_gradient(g.astype("f4"), plan, np.dtype("f4")))
+
+
+@both
+def test_rows_without_a_source_have_no_dot(implementation):
+    """The mover behind the gradient of combine never reads their rows of y."""
+    mover = IMPLEMENTATIONS[implementation].gather_rows_weighted
+    source = np.array([1, -1, 0, -2], np.int32)
+    y = np.array([[1, 2], [np.nan, np.nan], [3, 4], [np.inf, np.nan]], np.float32)
+    g, weights = np.array([[10, 1]], np.float32), np.array([[2, 3]], np.float32)
+
+    @jax.jit
+    def run(source, y, g, weights):
+        rank = jnp.minimum(source, 0)
+        return mover(g, weights, y, rank, source, source[:0], axis=Axis((), 1))
+
+    dy, dots = run(source, y, g, weights)
+    assert_same_bits(dy, np.array([[30, 3], [0, 0], [20, 2], [0, 0]], np.float32))
+    assert_same_bits(dots, np.array([12, 0, 34, 0], np.float32))
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "complex64"])
+def test_payloads_that_are_not_summed_as_they_are(implementation, dtype):
+    """Cotangents of 8 bits are summed wide and rounded once, complex ones part by part."""
+    rng = np.random.default_rng(0)
+    ids = routings.masked(rng, 4, 12, 3, 8)
+    plan = oracle.make_plan(ids, 8)
+    parts = rng.standard_normal((4, plan.capacity, 32)) * 4.0 ** rng.integers(-3, 3, 32)
+    g = parts.astype("f4").view(dtype) if dtype == "complex64" else parts.astype(jnp.dtype(dtype))
+    x = np.zeros((4, 12, g.shape[-1]), g.dtype)
+
+    def gradient(ids, x, g):
+        made = jf.make_plan(ids, axis_name="expert", num_experts=8, implementation=implementation)
+        return jax.vjp(lambda x: jf.dispatch(x, made), x)[1](g)[0]
+
+    got = np.asarray(per_rank(gradient, 4)(ids, x, g))
+    part = np.dtype("f4") if dtype == "complex64" else g.dtype
+    want = oracle.dispatch_gradient(g.view(part), plan, part).view(g.dtype)
+    assert_same_bits(got, want)
 
 
 @both

@@ -125,22 +125,25 @@ def test_gradients(implementation, check_vma):
 
 
 @both
-def test_in_a_larger_mesh(implementation):
+@pytest.mark.parametrize("groups", [None, [[3, 0], [1, 2]]])
+def test_in_a_larger_mesh(implementation, groups):
     mesh = make_mesh({"expert": 4, "data": 2}, order=[1, 0, 3, 2, 5, 4, 7, 6])
     rng = np.random.default_rng(0)
-    both_groups = [tables(rng, 4) for _ in range(2)]
+    both_groups = [tables(rng, 4, groups=groups) for _ in range(2)]
     in_rows, out_rows = (max(g[i] for g in both_groups) for i in (1, 2))
     four = [np.stack(t).astype("i4") for t in zip(*(g[0] for g in both_groups), strict=True)]
     operand, output = zip(*(arrays(rng, 4, in_rows, out_rows) for _ in range(2)), strict=True)
     operand, output = np.stack(operand), np.stack(output)
 
     def local(*arguments):
-        return exchange(implementation)(*(a[0, 0] for a in arguments))[None, None]
+        run = exchange(implementation, axis_index_groups=groups)
+        return run(*(a[0, 0] for a in arguments))[None, None]
 
     spec = P("data", "expert")
     got = np.asarray(sharded(local, mesh, in_specs=spec, out_specs=spec)(operand, output, *four))
     for data in range(2):
-        want = oracle.ragged_all_to_all(operand[data], output[data], *(t[data] for t in four))
+        each = (t[data] for t in four)
+        want = oracle.ragged_all_to_all(operand[data], output[data], *each, groups=groups)
         assert_same_bits(got[data], want)
 
 

@@ -141,6 +141,16 @@ def test_undefined_padding_defines_the_groups(implementation):
     assert_same_bits(rows[inside], oracle.dispatch(x, plan)[inside])
 
 
+def test_undefined_padding_leaves_the_tail_to_the_engine():
+    """What "undefined" is for: nothing is written past the last group."""
+    ids = np.zeros((1, 3, 1), np.int32)
+    for padding, zeroed in (("zero", 1), ("undefined", 0)):
+        run = program("fused", 1, 1, 5, 1, padding)
+        x, y = np.zeros((1, 3, 2), "f4"), np.zeros((1, 5, 2), "f4")
+        text = run.lower(ids, x, y, np.ones(ids.shape, "f4")).as_text()
+        assert f"zero_tail = {zeroed} : i64" in text
+
+
 @both
 def test_repeated_runs_are_bit_equal(implementation):
     ids = routings.skewed(np.random.default_rng(0), 8, 64, 4, 16)

@@ -113,6 +113,12 @@ void GatherRowsWeightedIsTheLiteralLoop() {
     const auto g = array(step.shape.tokens, length, g_type), y = array(rows, length, y_type),
                weights = array(step.shape.assignments(), 1, weights_type),
                dy = array(rows, length, y_type), dots = array(rows, 1, sum);
+    for (size_t r = 0; r < y.size(); ++r) {
+      for (int64_t m = 0; m < rows; ++m) {  // NaN where nothing may be read
+        if (step.plans[r].source[static_cast<size_t>(m)] >= 0) continue;
+        std::memset(y[r].rows.At(m), 0xff, static_cast<size_t>(y[r].rows.bytes));
+      }
+    }
     Jobs<GatherRowsWeightedJob> jobs;
     for (size_t r = 0; r < g.size(); ++r) {
       auto job = std::make_unique<GatherRowsWeightedJob>();

@@ -41,6 +41,31 @@ std::vector<Array> Filled(int64_t count, int64_t bytes) {
   return EachRank(kRanks, [&](int64_t) { return Array(count, bytes, random); });
 }
 
+struct WeightedArrays {
+  std::vector<Array> g = Filled(4, 24), weights = Filled(8, 4), y = Filled(20, 24),
+                     dy = Filled(20, 24), dots = Filled(20, 4);
+};
+
+Jobs<cpu::GatherRowsWeightedJob> WeightedJobs(const std::vector<PlanArrays>& plans,
+                                              const WeightedArrays& arrays) {
+  Jobs<cpu::GatherRowsWeightedJob> jobs;
+  for (size_t r = 0; r < kRanks; ++r) {
+    auto job = std::make_unique<cpu::GatherRowsWeightedJob>();
+    job->num_rows = 20;
+    job->source_rank = plans[r].source_rank.data();
+    job->source = plans[r].source.data();
+    job->k = 2;
+    job->length = 6;
+    job->g = arrays.g[r].rows;
+    job->weights = arrays.weights[r].rows.data;
+    job->y = arrays.y[r].rows;
+    job->dy = arrays.dy[r].rows;
+    job->dots = arrays.dots[r].rows.data;
+    jobs.push_back(std::move(job));
+  }
+  return jobs;
+}
+
 void GatherSources() {
   const PlanShape shape = SmallShape();
   Random random(2);
@@ -62,24 +87,8 @@ void GatherSources() {
       }
       CheckError(GatherJobs(plans, 2, in, out), "jax_fusco_gather_rows: " + where);
 
-      const auto g = Filled(4, 24), weights = Filled(8, 4), y = Filled(20, 24), dy = Filled(20, 24),
-                 dots = Filled(20, 4);
-      Jobs<cpu::GatherRowsWeightedJob> jobs;
-      for (size_t r = 0; r < kRanks; ++r) {
-        auto job = std::make_unique<cpu::GatherRowsWeightedJob>();
-        job->num_rows = 20;
-        job->source_rank = plans[r].source_rank.data();
-        job->source = plans[r].source.data();
-        job->k = 2;
-        job->length = 6;
-        job->g = g[r].rows;
-        job->weights = weights[r].rows.data;
-        job->y = y[r].rows;
-        job->dy = dy[r].rows;
-        job->dots = dots[r].rows.data;
-        jobs.push_back(std::move(job));
-      }
-      CheckError(std::move(jobs), "jax_fusco_gather_rows_weighted: " + where);
+      const WeightedArrays arrays;
+      CheckError(WeightedJobs(plans, arrays), "jax_fusco_gather_rows_weighted: " + where);
     }
   }
 }
@@ -165,47 +174,70 @@ void RaggedSlices() {
   CHECK(Meet(*CallSite::Create("site"), ragged.Make(Filled(10, 24), Filled(12, 24))).ok());
 }
 
+// Rank 1's job is not like rank 0's, in each of the ways of `changes`.
+template <typename J>
+void CheckDisagreements(const string& call, const string& what,
+                        const std::function<Jobs<J>()>& make,
+                        const std::vector<std::function<void(J&)>>& changes) {
+  for (const auto& change : changes) {
+    Jobs<J> jobs = make();
+    change(*jobs[1]);
+    CheckError(std::move(jobs),
+               call + ": ranks 0 and 1 disagree on " + what + ", all ranks need the same.");
+  }
+}
+
 // Ranks of one call whose shapes differ.
 void Disagreements() {
   const PlanShape shape = SmallShape();
   Random random(5);
   const std::vector<Ints> ids = RandomIds(shape, random);
   std::vector<PlanArrays> results(kRanks, PlanArrays(shape));
-  auto plans = PlanJobs(shape, ids, &results);
-  plans[1]->shape.tokens = 3;
-  CheckError(std::move(plans),
-             "jax_fusco_plan: ranks 0 and 1 disagree on tokens, k or capacity, all ranks need the "
-             "same.");
+  CheckDisagreements<cpu::PlanJob>(
+      "jax_fusco_plan", "tokens, k or capacity", [&] { return PlanJobs(shape, ids, &results); },
+      {[](auto& job) { job.shape.tokens = 3; }, [](auto& job) { job.shape.k = 1; },
+       [](auto& job) { job.shape.capacity = 19; }});
 
   Step step(random, kRanks);
   step.shape = shape;
   step.plans = NaivePlan(shape, ids);
   std::vector<std::vector<Array>> in(kRanks), out(kRanks);
   for (size_t r = 0; r < kRanks; ++r) {
-    in[r].emplace_back(4, r == 0 ? 24 : 16, random);
-    out[r].emplace_back(20, r == 0 ? 24 : 16);
+    in[r].emplace_back(4, 24, random);
+    out[r].emplace_back(20, 24);
   }
-  CheckError(GatherJobs(step.plans, 2, in, out),
-             "jax_fusco_gather_rows: ranks 0 and 1 disagree on fanout or the size of a row, all "
-             "ranks need the same.");
+  CheckDisagreements<cpu::GatherRowsJob>(
+      "jax_fusco_gather_rows", "fanout or the size of a row",
+      [&] { return GatherJobs(step.plans, 2, in, out); },
+      {[](auto& job) { job.fanout = 1; }, [](auto& job) { job.in[0].bytes = 16; },
+       [](auto& job) { job.in.pop_back(); }});
+
+  const WeightedArrays arrays;
+  CheckDisagreements<cpu::GatherRowsWeightedJob>(
+      "jax_fusco_gather_rows_weighted", "k, or the length or type of a row",
+      [&] { return WeightedJobs(step.plans, arrays); },
+      {[](auto& job) { job.k = 1; }, [](auto& job) { job.length = 5; },
+       [](auto& job) { job.g_type = Float::kF16; }, [](auto& job) { job.y_type = Float::kF16; },
+       [](auto& job) { job.weights_type = Float::kF64; }});
 
   std::vector<int64_t> counts;
-  const Ragged wide(random, kRanks, 3, 4, &counts), narrow(random, kRanks, 1, 4, &counts);
+  const Ragged wide(random, kRanks, 3, 4, &counts);
   const auto operand = Filled(4, 24), result = Filled(40, 24);
-  auto ragged = wide.Make(operand, result);
-  ragged[1] = std::move(narrow.Make(operand, result)[1]);
-  CheckError(
-      std::move(ragged),
-      "jax_fusco_ragged_all_to_all: ranks 0 and 1 disagree on the number of slices, all ranks "
-      "need the same.");
+  CheckDisagreements<cpu::RaggedAllToAllJob>("jax_fusco_ragged_all_to_all", "the number of slices",
+                                             [&] { return wide.Make(operand, result); },
+                                             {[](auto& job) { job.slices_per_rank = 1; }});
+  CheckDisagreements<cpu::RaggedAllToAllJob>(
+      "jax_fusco_ragged_all_to_all", "the size of a row",
+      [&] { return wide.Make(operand, result); },
+      {[](auto& job) { job.operand.bytes = 16; }, [](auto& job) { job.result.bytes = 16; }});
 
-  const auto y = Filled(20, 24), y_out = Filled(4, 24);
-  auto reduce = ReduceJobs(step, 6, Float::kF32, Float::kF32, Float::kF32, y, {}, y_out);
-  reduce[1]->length = 5;
-  CheckError(
-      std::move(reduce),
-      "jax_fusco_reduce_rows: ranks 0 and 1 disagree on k, weights, or the length or type of "
-      "a row, all ranks need the same.");
+  const auto y = Filled(20, 24), y_out = Filled(4, 24), weights = Filled(8, 4);
+  CheckDisagreements<cpu::ReduceRowsJob>(
+      "jax_fusco_reduce_rows", "k, weights, or the length or type of a row",
+      [&] { return ReduceJobs(step, 6, Float::kF32, Float::kF32, Float::kF32, y, weights, y_out); },
+      {[](auto& job) { job.k = 1; }, [](auto& job) { job.length = 5; },
+       [](auto& job) { job.y_type = Float::kF16; }, [](auto& job) { job.out_type = Float::kF16; },
+       [](auto& job) { job.weights = nullptr; }});
 }
 
 void StrictPlanNamesTheId() {

@@ -50,12 +50,40 @@ void ParallelForVisitsEachChunkOnce() {
   for (std::thread& caller : callers) caller.join();
 }
 
+#if defined(__x86_64__)
+// XLA's threads flush subnormals to zero; chunks do not, whichever thread runs them, and the caller
+// goes on in its own mode.
+void ChunksKeepSubnormals() {
+  for (int threads : {1, 4}) {
+    std::vector<unsigned> modes(static_cast<size_t>(threads));
+    std::thread([&] {
+      __builtin_ia32_ldmxcsr(0x9fc0);  // flushes
+      std::atomic<int> here{0};
+      cpu::Workers::ParallelFor(threads, threads, [&](int64_t i) {
+        ++here;  // a chunk for each thread, the caller's too: they wait for each other
+        for (int wait = 0; here < threads && wait < 20000; ++wait) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+        modes[static_cast<size_t>(i)] = __builtin_ia32_stmxcsr() & ~0x3fu;
+      });
+      CHECK_EQ(__builtin_ia32_stmxcsr() & ~0x3fu, 0x9fc0u & ~0x3fu);
+    }).join();
+    CHECK_EQ(modes, std::vector<unsigned>(modes.size(), 0x1f80u));
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace jax_fusco::testing
 
 int main(int argc, char** argv) {
   using namespace jax_fusco::testing;
   return RunTests(argc, argv,
-                  {{"TasksDoNotShareThreads", TasksDoNotShareThreads},
-                   {"ParallelForVisitsEachChunkOnce", ParallelForVisitsEachChunkOnce}});
+                  {
+                      {"TasksDoNotShareThreads", TasksDoNotShareThreads},
+                      {"ParallelForVisitsEachChunkOnce", ParallelForVisitsEachChunkOnce},
+#if defined(__x86_64__)
+                      {"ChunksKeepSubnormals", ChunksKeepSubnormals},
+#endif
+                  });
 }

@@ -83,10 +83,11 @@ def test_a_missing_module_is_an_error_that_says_what_to_do(monkeypatch):
         ffi.cpu_module.cache_clear()
 
 
-def test_headers_that_do_not_fit_are_an_error_that_says_what_to_do(monkeypatch):
+@pytest.mark.parametrize("found", [(0, 0), (99, 999)])
+def test_headers_that_do_not_fit_are_an_error_that_says_what_to_do(monkeypatch, found):
     from jax_fusco import ffi
 
-    monkeypatch.setattr(ffi, "runtime_ffi_version", lambda: (0, 0))
+    monkeypatch.setattr(ffi, "runtime_ffi_version", lambda: found)
     ffi.cpu_module.cache_clear()
     try:
         with pytest.raises(ImportError, match=r"was built for FFI version 0\.\d+, but jaxlib"):
