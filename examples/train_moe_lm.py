@@ -59,6 +59,16 @@ def start_cpu_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
+def check_engine() -> None:
+    """One sentence where the fused engine was asked for and cannot work."""
+    import jax_fusco
+
+    try:
+        jax_fusco.register()
+    except ImportError as error:
+        raise click.ClickException(f"--{error}") from None
+
+
 def select(kind: Any, options: dict[str, Any]) -> Any:
     """A dataclass from the options that bear its fields' names."""
     return kind(**{field.name: options[field.name] for field in fields(kind)})
@@ -70,9 +80,11 @@ def run(options: dict[str, Any]) -> str | None:
     corpus = load_corpus(options["data"])
     windows = Windows(corpus.train, context, options["seed"])
     validation = validation_batches(corpus.valid, context, batch, options["eval_batches"])
+    start_cpu_devices(options["devices"])
+    if options["implementation"] == "fused":
+        check_engine()
     prepare_folder(folder, options["fresh"])
 
-    start_cpu_devices(options["devices"])
     import jax
     import numpy as np
     from moe_lm import loop, report, sampling

@@ -210,3 +210,26 @@ def test_bad_text_gets_one_sentence(tmp_path: Path) -> None:
         done = train(tmp_path / name, tmp_path / "run")
         assert done.returncode == 2
         assert done.stderr == f"Error: --data: {sentence}\n"
+
+
+def test_a_missing_engine_gets_one_sentence_and_no_folder(text: Path, tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['jax_fusco._ffi'] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    script = arguments(text, tmp_path / "run", "--implementation=fused")[1:]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *script],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.startswith("Error: --implementation: 'fused' needs the compiled module")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
