@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "tests/native/check.h"
@@ -18,18 +20,17 @@ namespace jax_fusco::testing {
 // Rows of one token of one source rank in ascending order, written as chains.
 inline Ints NaiveChain(const PlanShape& shape, const PlanArrays& plan) {
   Ints chain(plan.source.size(), 0);
+  std::map<std::pair<int32_t, int64_t>, Ints> rows;  // by source rank and token
   for (size_t c = 0; c < chain.size(); ++c) {
     if (plan.source[c] < 0) continue;
-    bool later = false;
-    size_t next = chain.size();
-    for (size_t other = 0; other < chain.size(); ++other) {
-      if (other == c || plan.source[other] < 0) continue;
-      if (plan.source_rank[other] != plan.source_rank[c]) continue;
-      if (plan.source[other] / shape.k != plan.source[c] / shape.k) continue;
-      if (other < c) later = true;
-      if (other > c) next = std::min(next, other);
+    rows[{plan.source_rank[c], plan.source[c] / shape.k}].push_back(static_cast<int32_t>(c));
+  }
+  for (const auto& [token, links] : rows) {
+    for (size_t i = 0; i < links.size(); ++i) {
+      const bool last = i + 1 == links.size();
+      const int32_t next = last ? static_cast<int32_t>(chain.size()) : links[i + 1];
+      chain[static_cast<size_t>(links[i])] = i == 0 ? next : -1 - next;
     }
-    chain[c] = later ? -1 - static_cast<int32_t>(next) : static_cast<int32_t>(next);
   }
   return chain;
 }
@@ -45,7 +46,10 @@ class Memory {
     std::memset(all_, value, offset_ + size_);
   }
   Memory(int64_t bytes, int64_t offset, Random& random) : Memory(bytes, offset) {
-    for (int64_t i = 0; i < bytes; ++i) at(i)[0] = static_cast<char>(random.Bits());
+    for (int64_t i = 0; i < bytes; i += 8) {
+      const uint64_t bits = random.Bits();
+      std::memcpy(at(i), &bits, static_cast<size_t>(std::min<int64_t>(8, bytes - i)));
+    }
   }
   Memory(Memory&& other) noexcept : offset_(other.offset_), size_(other.size_), all_(other.all_) {
     other.all_ = nullptr;

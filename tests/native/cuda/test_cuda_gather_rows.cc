@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "tests/native/check.h"
+#include "tests/native/cuda/gather_case.h"
 #include "tests/native/cuda/host_bulk.h"
 #include "tests/native/cuda/host_team.h"
 #include "tests/native/cuda/rank_cases.h"
@@ -39,76 +40,16 @@ void RunInBulk(const GatherRowsArgs& args, Table* table, int64_t warp_bytes) {
          [&](const HostTeam& team) { cuda::GatherRowsInBulk<HostBulk>(team, args, table, shape); });
 }
 
-// How a case runs.
-struct Way {
-  int64_t row_bytes;
-  bool bulk;
-  int64_t in_offset;
-  int64_t out_offset;
-};
-
-struct Gather {
-  Ranks ranks;
-  bool fanned;  // sources are assignments, else tokens
-  bool chained;
-  bool zero_tail;
-  Way way;
-  std::vector<Memory> in, out;
-
-  Gather(const PlanShape& shape, const Way& way_in, Random& random)
-      : ranks(shape, random),
-        fanned(shape.k > 0 && !random.OneIn(3)),
-        chained(fanned && !random.OneIn(3)),
-        zero_tail(random.OneIn(2)),
-        way(way_in) {
-    for (size_t r = 0; r < ranks.size(); ++r) {
-      in.emplace_back(rows() * way.row_bytes, way.in_offset, random);
-      out.emplace_back(shape.capacity * way.row_bytes, way.out_offset);
-      ranks.Publish(r, 3, in[r].at());
+void Run(Gather* gather) {
+  AllRanks(gather->ranks.shape.num_ranks, [&](int64_t rank) {
+    const auto r = static_cast<size_t>(rank);
+    if (gather->way.bulk) {
+      RunInBulk(gather->Args(r), &gather->ranks.tables[r], 4 * 2048 * (1 + rank % 3));
+    } else {
+      RunByWords(gather->Args(r), &gather->ranks.tables[r]);
     }
-  }
-  int64_t rows() const { return fanned ? ranks.shape.tokens : ranks.shape.assignments(); }
-  int64_t fanout() const { return fanned ? ranks.shape.k : 1; }
-
-  void Run() {
-    AllRanks(ranks.shape.num_ranks, [&](int64_t rank) {
-      const auto r = static_cast<size_t>(rank);
-      GatherRowsArgs args;
-      args.num_rows = ranks.shape.capacity;
-      args.source_rank = ranks.plans[r].source_rank.data();
-      args.source = ranks.plans[r].source.data();
-      args.chain = chained ? ranks.chains[r].data() : nullptr;
-      args.fanout = fanout();
-      args.zero_tail = zero_tail;
-      args.peer_rows = rows();
-      args.row_bytes = way.row_bytes;
-      args.operand = 3;
-      args.out = out[r].at();
-      if (way.bulk) {
-        RunInBulk(args, &ranks.tables[r], 4 * 2048 * (1 + rank % 3));
-      } else {
-        RunByWords(args, &ranks.tables[r]);
-      }
-    });
-  }
-  void Check() const {
-    for (size_t r = 0; r < ranks.size(); ++r) {
-      std::vector<char> expected(out[r].Copy().size(), 'x');
-      for (int64_t m = 0; m < ranks.shape.capacity; ++m) {
-        const int32_t source = ranks.plans[r].source[static_cast<size_t>(m)];
-        char* const row = expected.data() + m * way.row_bytes;
-        if (source >= 0) {
-          const auto s = static_cast<size_t>(ranks.plans[r].source_rank[static_cast<size_t>(m)]);
-          std::memcpy(row, in[s].at(source / fanout() * way.row_bytes),
-                      static_cast<size_t>(way.row_bytes));
-        } else if (zero_tail || source == kPadding) {
-          std::memset(row, 0, static_cast<size_t>(way.row_bytes));
-        }
-      }
-      CHECK_EQ(out[r].Copy(), expected);
-    }
-  }
-};
+  });
+}
 
 void GatherIsTheLiteralLoop() {
   Random random(1);
@@ -123,21 +64,11 @@ void GatherIsTheLiteralLoop() {
   for (const Way& way : ways) {
     for (int64_t ranks : {1, 2, 4, 8}) {
       Gather gather(SmallShape(random, ranks), way, random);
-      gather.Run();
+      Run(&gather);
       gather.Check();
       gather.ranks.CheckNoFailure();
     }
   }
-}
-
-PlanShape Shape(int64_t ranks, int64_t tokens, int64_t k, int64_t capacity) {
-  PlanShape shape;
-  shape.num_ranks = ranks;
-  shape.tokens = tokens;
-  shape.k = k;
-  shape.num_experts = 2 * ranks;
-  shape.capacity = capacity;
-  return shape;
 }
 
 // Many more pieces than lanes: every stage is used again and again.
@@ -146,7 +77,7 @@ void BulkRingsTurn() {
   for (int64_t row_bytes : {1024, 6160}) {
     for (int repeat = 0; repeat < 3; ++repeat) {
       Gather gather(Shape(2, 60, 3, 190), {row_bytes, true, 0, 0}, random);
-      gather.Run();
+      Run(&gather);
       gather.Check();
     }
   }
@@ -165,7 +96,7 @@ void BadSources() {
       gather.chained = false;
       gather.ranks.plans[1].source_rank[7] = entry.rank;
       gather.ranks.plans[1].source[7] = entry.source;
-      gather.Run();
+      Run(&gather);
       CheckBadIndex(gather.ranks.tables[1], 1, entry.rank, entry.source);
       CHECK_EQ(gather.ranks.tables[0].failure, 0);
       for (int64_t i = 0; i < gather.way.row_bytes; ++i) {
@@ -189,7 +120,7 @@ void BadChains() {
       std::fill(chain.begin(), chain.end(), -31);
       chain[0] = link < 0 ? 5 : link;
       if (link < 0) chain[5] = link;
-      gather.Run();
+      Run(&gather);
       CHECK_EQ(gather.ranks.tables[0].failure, static_cast<int32_t>(cuda::Failure::kBadIndex));
     }
   }
@@ -202,7 +133,7 @@ void GatherWithoutPeers() {
     Gather gather(Shape(1, 6, 2, 30), {bulk ? 1024 : 24, bulk, 0, 0}, random);
     gather.ranks.tables[0] = {};
     gather.ranks.tables[0].failure = static_cast<int32_t>(cuda::Failure::kPeerFailed);
-    gather.Run();
+    Run(&gather);
     CHECK_EQ(gather.out[0].Copy(), std::vector<char>(gather.out[0].Copy().size(), 'x'));
   }
 }
