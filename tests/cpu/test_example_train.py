@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,55 @@ def test_learns_and_writes_everything(whole: Path) -> None:
     assert last["dropped"] == 0
 
 
+def two_steps(balance_weight: float, z_weight: float) -> list[dict[str, float]]:
+    """Two steps on the same bytes; the first has a learning rate of zero."""
+    from moe_lm.model import ModelConfig  # type: ignore[import-not-found]
+    from moe_lm.training import TrainConfig, Trainer, make_mesh  # type: ignore[import-not-found]
+
+    model = ModelConfig(
+        context=16,
+        layers=1,
+        width=16,
+        heads=2,
+        experts=4,
+        top_k=2,
+        expert_width=16,
+        shared_experts=0,
+        capacity_factor=None,
+        dropout=0.5,
+        implementation=None,
+    )
+    config = TrainConfig(
+        steps=100,
+        batch=2,
+        learning_rate=0.01,
+        warmup=10,
+        weight_decay=0.0,
+        clip=1.0,
+        balance_weight=balance_weight,
+        z_weight=z_weight,
+        seed=0,
+    )
+    trainer = Trainer(model, config, make_mesh(1, 2))
+    state, key = trainer.initial_state(), np.asarray(jax.random.key_data(jax.random.key(0)))
+    batch = np.random.default_rng(0).integers(0, 256, (2, 17), np.uint8)
+    steps = []
+    for _ in range(2):
+        state, stats = trainer.train_step(state, batch, key)
+        steps.append({name: float(stats[name]) for name in ("loss", "grad_norm", "learning_rate")})
+    return steps
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:optax")
+def test_steps_drop_other_features_and_router_losses_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    plain, balanced, squared = (two_steps(*weights) for weights in ((0, 0), (1, 0), (0, 1)))
+    assert plain[0]["learning_rate"] == 0
+    assert plain[0]["loss"] != plain[1]["loss"]
+    assert plain[0]["loss"] == balanced[0]["loss"] == squared[0]["loss"]
+    assert len({run[0]["grad_norm"] for run in (plain, balanced, squared)}) == 3
+
+
 def test_resume_after_kill_is_bit_for_bit(text: Path, whole: Path, tmp_path: Path) -> None:
     options = ("--implementation=fused", "--save-every=20")
     process = started(text, tmp_path, *options)
@@ -196,6 +246,25 @@ def test_other_options_do_not_continue_a_run(text: Path, whole: Path) -> None:
         f"Error: --width: 64 was given but the run in {whole} has 32; "
         "start over with --fresh or choose another --output.\n"
     )
+
+
+def test_another_text_does_not_continue_a_run(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("print('other')\n" * 200)
+    done = train(tmp_path, whole)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"Error: --data: the run in {whole} read another text; "
+        "start over with --fresh or choose another --output.\n"
+    )
+
+
+def test_fresh_forgets_a_run_and_time_stops_one(text: Path, whole: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(whole, tmp_path / "run")
+    printed = succeed(text, output, "--fresh", "--max-minutes=0.001")
+    assert f"Stopped by --max-minutes at step 0 of {STEPS}" in printed
+    assert metrics(output) == []
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["0"]
+    assert not (output / "loss.png").exists()
 
 
 def test_bad_text_gets_one_sentence(tmp_path: Path) -> None:

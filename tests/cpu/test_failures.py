@@ -67,6 +67,79 @@ def test_a_time_out_that_makes_no_sense_is_an_error(monkeypatch, value):
     jax.block_until_ready(run(ids))
 
 
+def call(name, results, *operands, **attributes):
+    """A custom call of one rank, as a program that was made elsewhere may hold it."""
+    jf.register()
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
+    run = jax.ffi.ffi_call(f"jax_fusco_{name}", results)
+    zero = np.int32(0)
+    return jax.jit(lambda *o: run(zero, zero, *o, num_ranks=1, **attributes))(*operands)
+
+
+I32, F32 = np.dtype("i4"), np.dtype("f4")
+IDS, SOURCES, ROWS = np.zeros((3, 2), I32), np.zeros(4, I32), np.zeros((3, 5), F32)
+PLAN = [((2,), I32)] * 2 + [((3, 2), I32)] * 2 + [((4,), I32)] * 2 + [((), I32)] * 2
+PLAN += [((4,), I32), ((0,), np.dtype("u1"))]
+ONE = np.ones(1, I32)
+
+
+@pytest.mark.parametrize(
+    ("name", "results", "operands", "attributes", "message"),
+    [
+        ("plan", PLAN, (IDS,), {"num_experts": 2, "alignment": 0}, "alignment must be at least 1"),
+        ("plan", PLAN, (IDS,), {"num_experts": 3, "alignment": 1}, "group_sizes and expert_counts"),
+        ("plan", PLAN, (IDS[:2],), {"num_experts": 2, "alignment": 1}, "slot and slot_rank must"),
+        (
+            "gather_rows",
+            [((4, 5), F32)],
+            (SOURCES, SOURCES[:3], SOURCES, ROWS),
+            {"fanout": 1, "zero_tail": 1},
+            "jax_fusco_gather_rows: ",
+        ),
+        (
+            "gather_rows",
+            [((4, 4), F32)],
+            (SOURCES, SOURCES, SOURCES, ROWS),
+            {"fanout": 1, "zero_tail": 1},
+            "each result must be",
+        ),
+        (
+            "gather_rows_weighted",
+            [((4, 5), F32), ((4,), F32)],
+            (SOURCES, SOURCES, SOURCES, ROWS, np.zeros((2, 2), F32), np.zeros((4, 5), F32)),
+            {},
+            "weights must be float32 or float64",
+        ),
+        ("reduce_rows", [((3, 5), F32)], (IDS, IDS, ROWS.astype(I32)), {}, "y and out must be"),
+        ("reduce_rows", [((2, 5), F32)], (IDS, IDS, ROWS), {}, "out must be"),
+        (
+            "ragged_all_to_all",
+            [((3, 5), F32)],
+            (ONE, ONE, ONE, ONE, ROWS[:, :4], ROWS),
+            {},
+            "operand and output must have the same rows",
+        ),
+    ],
+)
+def test_calls_of_the_wrong_shape_are_refused(name, results, operands, attributes, message):
+    """Nothing but this keeps such a call from reading outside of its buffers."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(name, results, *operands, **attributes))
+
+
+def test_calls_that_this_version_does_not_make():
+    """Results that are not aliased with the output given, and chains, which are for GPUs."""
+    operand, output = np.arange(3, dtype=F32), np.full(4, -1, F32)
+    (result,) = call("ragged_all_to_all", [((4,), F32)], ONE, ONE, ONE * 2, ONE, operand, output)
+    assert_same_bits(result, np.array([-1, -1, 1, -1], F32))
+    # Memory that is used again, or a chain would be zeros by luck.
+    jax.block_until_ready([jax.numpy.full(20000, i, I32) for i in range(1, 40)])
+    results = [*PLAN[:8], ((20000,), I32), PLAN[9]]
+    results[4:6] = [((20000,), I32)] * 2
+    *_, chain, _ = call("plan", results, IDS, num_experts=2, alignment=1)
+    assert_same_bits(chain, np.zeros(20000, I32))
+
+
 @both
 def test_no_id_and_no_capacity_touches_memory_outside(implementation):
     """Absurd ids in every place, buffers of no row: results are those of the oracle."""

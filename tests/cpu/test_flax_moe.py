@@ -378,6 +378,13 @@ def test_bfloat16_computes_in_bfloat16_and_routes_in_float32() -> None:
     assert narrow(x.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
 
 
+def test_experts_are_chosen_by_differences_that_bfloat16_does_not_have() -> None:
+    moe = block(k=1, dtype=jnp.bfloat16)
+    moe.router_kernel[...] = jnp.eye(12, 8)
+    x = jnp.zeros((6, 12)).at[:, 3].set(1.0).at[:, 5].set(1.0 + 2.0**-10)
+    np.testing.assert_array_equal(moe(x)[1].tokens_per_expert, 6 * np.eye(8)[5])
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
 def test_undefined_rows_never_spread(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tail of the receive buffer is NaN; the experts' output there becomes NaN too."""

@@ -20,6 +20,7 @@ from jax_fusco.bench.cases import OPS, Case, Fusco, Spec
 from jax_fusco.bench.check import Oracle, WrongResult
 from jax_fusco.bench.rivals import Padded, Ring, Rival, Shuffle, Sizes, family_of, rivals_for
 from jax_fusco.bench.shapes import SHAPES, Shape
+from jax_fusco.bench.worker import Worker
 from jax_fusco.cli import main
 
 TINY = Shape("tiny", 6, 8, 3, 8, 20)
@@ -123,6 +124,36 @@ def test_oracle_accepts_right_and_refuses_wrong_results() -> None:
             oracle.check(op, ring, case.put(np.roll(np.asarray(result), 1, 0)), plan)
     with pytest.raises(WrongResult, match="group sizes"):
         oracle.groups("ring", plan.group_sizes + 1)
+    results = case.function("train", ring)(*case.arguments("train", plan))
+    oracle.check("train", ring, results, plan)
+    for i, what in enumerate(("outputs", "gradient of x", "gradient of weights")):
+        wrong = [*results]
+        wrong[i] = case.put(np.roll(np.asarray(results[i]), 1, 0))
+        with pytest.raises(WrongResult, match=what):
+            oracle.check("train", ring, wrong, plan)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_wrong_results_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker compares what it times, every contestant's plan and result."""
+    case = make_case("uniform")
+    worker, right = Worker(case), case.function
+
+    def turned(op: str, shuffle: Shuffle) -> Any:
+        step: Any = right(op, shuffle)
+        if op == "plan" or isinstance(shuffle, Fusco):
+            return step
+        return lambda *arguments: case.put(np.roll(np.asarray(step(*arguments)), 1, 0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(case, "function", turned)
+        with pytest.raises(WrongResult, match=r"ring.*: dispatched rows"):
+            list(worker.run("dispatch"))
+    worker.plans.clear()
+    monkeypatch.setattr(Ring, "group_sizes", lambda self, plan: plan.group_sizes + 1)
+    with pytest.raises(WrongResult, match=r"ring.*: group sizes"):
+        list(worker.run("dispatch"))
+    worker.limit.close()
 
 
 @pytest.mark.usefixtures("tiny")
@@ -141,6 +172,8 @@ def test_layer_is_the_same_for_everyone() -> None:
     for shuffle in (Fusco(case.sizes, "zero", "xla"), Ring(case.sizes), Padded(case.sizes)):
         result = case.function("layer", shuffle)(*case.arguments("layer", None))
         oracle.check("layer", shuffle, result, None)
+        with pytest.raises(WrongResult, match="outputs of the layer"):
+            oracle.check("layer", shuffle, case.put(np.roll(np.asarray(result), 1, 0)), None)
         assert np.all(np.isfinite(np.asarray(result).astype(np.float32)))
 
 
