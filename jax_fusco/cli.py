@@ -124,6 +124,65 @@ def bench(
     sys.exit(1 if failed else 0)
 
 
+@main.command()
+@click.argument("routing", type=click.Path(path_type=pathlib.Path))
+@click.option("--ranks-per-node", required=True, type=click.IntRange(1), help="Ranks of a node.")
+@click.option("--row-bytes", required=True, type=click.IntRange(1), help="Bytes of a token's row.")
+@click.option("--num-experts", type=click.IntRange(1), help="If the file does not say.")
+@click.option("--slice-rows", type=click.IntRange(1), help="Rows of a slice; default: tokens / 16.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    help="Folder for ledger.json and ledger.png; without it nothing is written.",
+)
+def ledger(
+    routing: pathlib.Path,
+    ranks_per_node: int,
+    row_bytes: int,
+    num_experts: int | None,
+    slice_rows: int | None,
+    out: pathlib.Path | None,
+) -> None:
+    """Count the bytes that a routing moves inside ranks, inside nodes and between nodes.
+
+    ROUTING is an npz file with expert_ids [ranks, tokens, experts per token] and num_experts.
+    """
+    from rich.console import Console
+
+    from jax_fusco import ledger_report
+    from jax_fusco.ledger import ledger as count
+
+    try:
+        ids, in_file = ledger_report.read_routing(routing)
+        experts = num_experts or in_file
+        if experts is None:
+            raise ValueError(
+                f"--num-experts: got nothing, and {routing} has no num_experts, need a number"
+            )
+        if len(ids) % ranks_per_node:
+            raise ValueError(
+                f"--ranks-per-node: got {ranks_per_node}, need a divisor of the {len(ids)} ranks "
+                "of the routing"
+            )
+        found = count(
+            ids,
+            (len(ids) // ranks_per_node, ranks_per_node),
+            num_experts=experts,
+            row_bytes=row_bytes,
+            slice_rows=slice_rows,
+        )
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    console = Console(width=None if Console().is_terminal else 150)
+    console.print(ledger_report.describe(found))
+    console.print(ledger_report.table(found))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "ledger.json").write_text(json.dumps(ledger_report.document(found), indent=1) + "\n")
+        if not ledger_report.draw(found, out / "ledger.png"):
+            console.print("Install jax-fusco[bench] for the picture")
+
+
 def _command() -> str:
     arguments = [a if a.isprintable() and " " not in a else json.dumps(a) for a in sys.argv[1:]]
     arguments = [a for a in arguments if a != "bench"]
