@@ -25,4 +25,4 @@ set_target_properties(jax_fusco_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_R
 # registers and spills of each kernel.
 target_compile_options(jax_fusco_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false;-Xptxas=-v;-Werror=all-warnings;-Xcompiler=-Wall,-Wextra>)
-target_link_libraries(jax_fusco_cuda PUBLIC jax_fusco_core PRIVATE CUDA::cudart_static)
+target_link_libraries(jax_fusco_cuda PUBLIC jax_fusco_core PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})

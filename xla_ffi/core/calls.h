@@ -76,6 +76,7 @@ struct ReduceRowsCall {
 };
 
 struct RaggedAllToAllCall {
+  int64_t num_slices = 0;                   // K
   int64_t slices_per_rank = 1;              // K / R
   const int32_t* input_offsets = nullptr;   // [K]
   const int32_t* send_sizes = nullptr;      // [K]

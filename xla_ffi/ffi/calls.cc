@@ -247,6 +247,7 @@ Status Signature<RaggedAllToAllCall>::Read(int64_t num_ranks, Buffer input_offse
                      Dim(*result, 0) == Dim(output, 0),
                  "the result must have the shape and type of output");
   if (!checks.ok()) return checks.status();
+  call->num_slices = slices;
   call->slices_per_rank = slices / num_ranks;
   call->input_offsets = Ints(input_offsets);
   call->send_sizes = Ints(send_sizes);

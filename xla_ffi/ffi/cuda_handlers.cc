@@ -44,11 +44,17 @@ namespace jax_fusco {
 namespace {
 
 // What is enqueued between meeting and parting, and before; what the ranks tell each other.
+struct Operand {
+  const void* data;
+  int64_t bytes;
+};
 struct Shuffle {
-  std::vector<const void*> operands;  // that peers read
+  std::vector<Operand> operands;  // that peers read
   std::vector<cuda::Output> outputs;
   cuda::CallSignature signature;
 };
+
+Operand ToOperand(const Rows& rows) { return {rows.data, rows.count * rows.bytes}; }
 
 void AddOutput(Shuffle* shuffle, const void* data, int64_t bytes) {
   if (bytes > 0) shuffle->outputs.push_back({const_cast<void*>(data), bytes});
@@ -75,7 +81,7 @@ Status Check(const PlanCall& call) {
 Shuffle Describe(const PlanCall& call) {
   const PlanShape& shape = call.shape;
   Shuffle shuffle;
-  shuffle.operands = {call.scratch.data};
+  shuffle.operands = {ToOperand(call.scratch)};
   const int64_t int_bytes = sizeof(int32_t);
   const PlanResults& results = call.results;
   for (const int32_t* array : {results.group_sizes, results.expert_counts}) {
@@ -121,7 +127,7 @@ Shuffle Describe(const GatherRowsCall& call) {
   Shuffle shuffle;
   shuffle.signature.Add(call.fanout).Add(static_cast<int64_t>(call.in.size()));
   for (const Rows& rows : call.in) {
-    shuffle.operands.push_back(rows.data);
+    shuffle.operands.push_back(ToOperand(rows));
     shuffle.signature.Add(rows.count).Add(rows.bytes);
   }
   for (const Rows& rows : call.out) AddOutput(&shuffle, rows);
@@ -147,7 +153,8 @@ cuda::Error Move(const GatherRowsCall& call, cuda::Table* table, cuda::Stream st
 
 Shuffle Describe(const GatherRowsWeightedCall& call) {
   Shuffle shuffle;
-  shuffle.operands = {call.g.data, call.weights};
+  shuffle.operands = {ToOperand(call.g),
+                      {call.weights, call.g.count * call.k * SizeOf(call.weights_type)}};
   AddOutput(&shuffle, call.dy);
   AddOutput(&shuffle, call.dots, call.num_rows * (call.y_type == Float::kF64 ? 8 : 4));
   shuffle.signature.Add(call.g.count).Add(call.k).Add(call.length);
@@ -175,7 +182,7 @@ cuda::Error Move(const GatherRowsWeightedCall& call, cuda::Table* table, cuda::S
 
 Shuffle Describe(const ReduceRowsCall& call) {
   Shuffle shuffle;
-  shuffle.operands = {call.y.data};
+  shuffle.operands = {ToOperand(call.y)};
   AddOutput(&shuffle, call.out);
   shuffle.signature.Add(call.y.count).Add(call.k).Add(call.length);
   shuffle.signature.Add(static_cast<int64_t>(call.y_type));
@@ -203,8 +210,12 @@ Status Check(const RaggedAllToAllCall& call) {
 }
 Shuffle Describe(const RaggedAllToAllCall& call) {
   Shuffle shuffle;
-  shuffle.operands = {call.operand.data, call.input_offsets, call.send_sizes, call.output_offsets,
-                      call.recv_sizes};
+  shuffle.operands = {ToOperand(call.operand)};
+  for (const int32_t* table :
+       {call.input_offsets, call.send_sizes, call.output_offsets, call.recv_sizes}) {
+    const auto table_bytes = static_cast<int64_t>(sizeof(int32_t));
+    shuffle.operands.push_back({table, call.num_slices * table_bytes});
+  }
   AddOutput(&shuffle, call.result);
   shuffle.signature.Add(call.slices_per_rank).Add(call.operand.count).Add(call.operand.bytes);
   return shuffle;
@@ -258,6 +269,20 @@ struct Cuda {
   }
 
  private:
+  static cuda::BeginArgs ToArgs(const Caller<Cuda>& caller, const Shuffle& shuffle) {
+    cuda::BeginArgs args;
+    args.run = caller.context.run;
+    args.rank = caller.rank;
+    args.group = caller.group;
+    args.num_ranks = caller.num_ranks;
+    args.signature = shuffle.signature.bits();
+    args.num_operands = static_cast<int>(shuffle.operands.size());
+    for (int i = 0; i < args.num_operands; ++i) {
+      args.operand[i] = shuffle.operands[static_cast<size_t>(i)].data;
+      args.operand_bytes[i] = shuffle.operands[static_cast<size_t>(i)].bytes;
+    }
+    return args;
+  }
   template <typename Call>
   static Status Launched(cuda::Error error) {
     if (error == nullptr) return Status::Ok();
@@ -266,9 +291,10 @@ struct Cuda {
 
   template <typename Call>
   static Status Prepare(const Caller<Cuda>& caller, const Call& call) {
-    const CudaContext& context = caller.context;
-    const Status prepared =
-        caller.state->site->Prepare(caller.device, context.run, caller.num_ranks, context.stream);
+    const Status checked = Check(call);
+    if (!checked.ok()) return checked;
+    const Status prepared = caller.state->site->Prepare(
+        caller.device, ToArgs(caller, Describe(call)), caller.context.stream);
     if (!prepared.ok()) return prepared;
     // Nothing must be loaded while a peer's kernel waits for this rank.
     cuda::Error error = Before(call, cuda::kLoadOnly);
@@ -283,18 +309,10 @@ struct Cuda {
     Status status = Check(call);
     if (!status.ok()) return status;
     const Shuffle shuffle = Describe(call);
-    cuda::BeginArgs begin;
-    begin.run = caller.context.run;
-    begin.rank = caller.rank;
-    begin.group = caller.group;
-    begin.num_ranks = caller.num_ranks;
-    begin.signature = shuffle.signature.bits();
-    begin.num_operands = static_cast<int>(shuffle.operands.size());
-    std::copy(shuffle.operands.begin(), shuffle.operands.end(), begin.operand);
     cuda::CallSite& site = *caller.state->site;
     cuda::Table* table = nullptr;
     status = Launched<Call>(Before(call, stream));
-    if (status.ok()) status = site.Begin(caller.device, begin, stream, &table);
+    if (status.ok()) status = site.Begin(caller.device, ToArgs(caller, shuffle), stream, &table);
     if (status.ok()) status = Launched<Call>(Move(call, table, stream));
     if (status.ok()) status = site.Finish(caller.device, stream);
     if (status.ok()) {

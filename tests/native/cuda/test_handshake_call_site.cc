@@ -322,7 +322,7 @@ void ManyCallSites() {
   std::set<const void*> seen;
   for (int i = 0; i < 6000; ++i) {
     std::vector<cuda::Place> places;
-    CHECK(arena->NewPlaces(&places).ok());
+    CHECK(arena->NewPlaces("", 0, &places).ok());
     CHECK_EQ(places.size(), size_t{4});
     CHECK(places[2].board == nullptr && places[2].record == nullptr);
     for (int d : {0, 1, 3}) {
@@ -388,7 +388,7 @@ void Sentences() {
   f.group = -1;
   says(cuda::Failure::kBadRank,
        "jax_fusco: rank is 9 and group is -1 in jax_fusco_gather_rows (enter, call 17); rank must "
-       "lie in [0, 8) and there must be a device of this process for each rank of each group.",
+       "lie in [0, 8) and there must be a device for each rank of each group.",
        Code::kInvalidArgument);
 }
 

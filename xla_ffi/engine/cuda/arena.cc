@@ -48,20 +48,29 @@ struct HostMemory {
 struct Arena::Impl {
   // Memory for some call sites: the same offsets on every device.
   struct Slab {
-    std::vector<void*> data;  // by device
-    HostMemory records;       // [sites, devices]
+    Seen data;
+    HostMemory records;  // [sites, devices of this process]
     std::vector<void*> seen_records;
     int64_t used = 0;
   };
+  // Memory for operands, behind the pointers to that of all devices.
+  struct Stage {
+    Seen data;
+    int64_t bytes = 0;
+  };
 
   std::vector<int> ordinals;
+  std::unique_ptr<Processes> processes;
+  std::unique_ptr<SharedMemory> memory;
   Status reach;
+  Stage news;  // a line for each device
   std::vector<void*> failed_runs;
   HostMemory alarms;
   std::vector<void*> seen_alarms;
 
   std::mutex mutex;
   std::vector<Slab> slabs;
+  std::vector<Stage> stages;
 
   std::mutex watch_mutex;
   std::condition_variable wake;
@@ -69,17 +78,28 @@ struct Arena::Impl {
   bool stop = false;
   std::thread watcher;
 
-  int num_devices() const { return static_cast<int>(ordinals.size()); }
+  int num_local() const { return static_cast<int>(ordinals.size()); }
+  int num_devices() const { return processes ? processes->num_devices() : num_local(); }
+  size_t DeviceOf(size_t local) const {
+    return local + static_cast<size_t>(processes ? processes->self().first_device : 0);
+  }
+  void* Own(const Seen& seen, size_t local) const { return seen[local][DeviceOf(local)]; }
   int64_t PointersBytes() const { return RoundUp(num_devices() * int64_t{8}, kLine); }
   int64_t SiteBytes() const {
     return PointersBytes() + RoundUp(BoardBytes(num_devices()), kLine) +
            RoundUp(TableBytes(num_devices()), kLine);
+  }
+  // In a slab: first the pointers of all sites, then the boards and tables.
+  int64_t BoardOf(int64_t site) const {
+    return SitesPerSlab() * PointersBytes() + site * (SiteBytes() - PointersBytes());
   }
   int64_t SitesPerSlab() const { return std::max<int64_t>(1, kSlabBytes / SiteBytes()); }
 
   Status Start();
   Status EnablePeers();
   Status AddSlab();
+  Status AddStage(int64_t bytes, Stage* stage);
+  const Stage* FindStage(int64_t bytes) const;
   void Watch();
 };
 
@@ -103,11 +123,13 @@ Status Arena::Impl::EnablePeers() {
 
 Status Arena::Impl::Start() {
   if (num_devices() > kMaxRanks) {
-    return Status::InvalidArgument(
-        Concat("jax_fusco: a process may have at most ", kMaxRanks, " devices."));
+    return Status::InvalidArgument(Concat("jax_fusco: there are ", num_devices(),
+                                          " GPUs here that reach each other, at most ", kMaxRanks,
+                                          " can meet; use implementation=\"xla\"."));
   }
   Status status = EnablePeers();
-  if (status.ok()) status = alarms.Allocate(num_devices() * kLine);
+  if (status.ok()) status = SharedMemory::Create(ordinals, processes.get(), &memory);
+  if (status.ok()) status = alarms.Allocate(num_local() * kLine);
   failed_runs.assign(ordinals.size(), nullptr);
   seen_alarms.assign(ordinals.size(), nullptr);
   for (size_t d = 0; d < ordinals.size() && status.ok(); ++d) {
@@ -118,43 +140,64 @@ Status Arena::Impl::Start() {
                             &seen_alarms[d]);
   }
   if (status.ok()) status = AddSlab();
+  if (status.ok() && processes != nullptr) status = AddStage(kLine, &news);
   if (status.ok()) watcher = std::thread([this] { Watch(); });
   return status;
 }
 
-// Each device's part: for every site the pointers to the boards, the board, the table.
+// Each device's part: for every site the pointers to the boards, then for every site a board and a
+// table. Peers may write to the boards from here on.
 Status Arena::Impl::AddSlab() {
   slabs.emplace_back();
   Slab& slab = slabs.back();
   const int64_t sites = SitesPerSlab();
   slab.used = sites;  // unless all goes well
-  slab.data.assign(ordinals.size(), nullptr);
   slab.seen_records.assign(ordinals.size(), nullptr);
-  Status status =
-      slab.records.Allocate(sites * num_devices() * static_cast<int64_t>(sizeof(Record)));
   // Movers may read a whole Table, behind the last one too.
-  const int64_t bytes = sites * SiteBytes() + static_cast<int64_t>(sizeof(Table));
+  Status status =
+      memory->Allocate(sites * SiteBytes() + static_cast<int64_t>(sizeof(Table)), &slab.data);
+  if (status.ok()) {
+    status = slab.records.Allocate(sites * num_local() * static_cast<int64_t>(sizeof(Record)));
+  }
   for (size_t d = 0; d < ordinals.size() && status.ok(); ++d) {
     if (ordinals[d] < 0) continue;
-    status = AllocateZeroed(ordinals[d], bytes, &slab.data[d]);
-    if (!status.ok()) break;
     status = SeenHostMemory(ordinals[d], slab.records.data, &slab.seen_records[d]);
-  }
-  std::vector<char> pointers(static_cast<size_t>(sites * SiteBytes()));
-  for (int64_t site = 0; site < sites && status.ok(); ++site) {
-    auto* boards = reinterpret_cast<void**>(pointers.data() + site * SiteBytes());
-    for (size_t d = 0; d < ordinals.size(); ++d) {
-      if (slab.data[d] == nullptr) continue;
-      boards[d] = At(slab.data[d], site * SiteBytes() + PointersBytes());
+    std::vector<char> pointers(static_cast<size_t>(sites * PointersBytes()));
+    for (int64_t site = 0; site < sites; ++site) {
+      auto* boards = reinterpret_cast<void**>(pointers.data() + site * PointersBytes());
+      for (void* data : slab.data[d]) {
+        *boards++ = data == nullptr ? nullptr : At(data, BoardOf(site));
+      }
     }
-  }
-  for (size_t d = 0; d < ordinals.size() && status.ok(); ++d) {
-    if (ordinals[d] < 0) continue;
-    status = CopyToDevice(ordinals[d], slab.data[d], pointers.data(),
+    if (!status.ok()) break;
+    status = CopyToDevice(ordinals[d], Own(slab.data, d), pointers.data(),
                           static_cast<int64_t>(pointers.size()));
   }
   if (status.ok()) slab.used = 0;
   return status;
+}
+
+// In front of the bytes, the pointers to those of all devices.
+Status Arena::Impl::AddStage(int64_t bytes, Stage* stage) {
+  Status status = memory->Allocate(PointersBytes() + bytes, &stage->data);
+  for (size_t d = 0; d < ordinals.size() && status.ok(); ++d) {
+    if (ordinals[d] < 0) continue;
+    std::vector<void*> pointers;
+    for (void* data : stage->data[d]) {
+      pointers.push_back(data == nullptr ? nullptr : At(data, PointersBytes()));
+    }
+    status = CopyToDevice(ordinals[d], Own(stage->data, d), pointers.data(),
+                          static_cast<int64_t>(pointers.size() * sizeof(void*)));
+  }
+  if (status.ok()) stage->bytes = bytes;
+  return status;
+}
+
+const Arena::Impl::Stage* Arena::Impl::FindStage(int64_t bytes) const {
+  for (const Stage& stage : stages) {
+    if (stage.bytes >= bytes) return &stage;
+  }
+  return nullptr;
 }
 
 void Arena::Impl::Watch() {
@@ -182,52 +225,92 @@ Arena::~Arena() {
     impl_->wake.notify_all();
   }
   if (impl_->watcher.joinable()) impl_->watcher.join();
-  const auto free = [this](const std::vector<void*>& data) {
-    for (size_t d = 0; d < data.size(); ++d) {
-      if (data[d] != nullptr) Free(impl_->ordinals[d], data[d]);
-    }
-  };
-  for (Impl::Slab& slab : impl_->slabs) {
-    free(slab.data);
-    slab.records.Release();
+  for (Impl::Slab& slab : impl_->slabs) slab.records.Release();
+  for (size_t d = 0; d < impl_->failed_runs.size(); ++d) {
+    if (impl_->failed_runs[d] != nullptr) Free(impl_->ordinals[d], impl_->failed_runs[d]);
   }
-  free(impl_->failed_runs);
   impl_->alarms.Release();
 }
 
 Status Arena::Create(const std::vector<int>& ordinals, std::unique_ptr<Arena>* arena) {
+  return Create(ordinals, nullptr, arena);
+}
+
+Status Arena::Create(const std::vector<int>& ordinals, std::unique_ptr<Processes> processes,
+                     std::unique_ptr<Arena>* arena) {
   std::unique_ptr<Arena> made(new Arena);
   made->impl_->ordinals = ordinals;
+  made->impl_->processes = std::move(processes);
   Status status = made->impl_->Start();
   if (status.ok()) *arena = std::move(made);
   return status;
 }
 
-Status Arena::Get(Arena** arena) {
-  // Never destroyed: kernels may run to the end of the process. Made again after a failure.
-  static std::mutex* mutex = new std::mutex;
-  static Arena* the = nullptr;
-  std::lock_guard<std::mutex> lock(*mutex);
-  if (the == nullptr) {
-    std::vector<int> in_use;
-    Status status = DevicesInUse(&in_use);
-    if (!status.ok()) return status;
-    if (in_use.empty()) return Status::Internal("jax_fusco: this process has no GPU in use.");
-    std::vector<int> ordinals(static_cast<size_t>(in_use.back()) + 1, -1);
-    for (int ordinal : in_use) ordinals[static_cast<size_t>(ordinal)] = ordinal;
-    std::unique_ptr<Arena> made;
-    status = Create(ordinals, &made);
-    if (!status.ok()) return status;
-    the = made.release();
+namespace {
+
+// With the devices of this process, or of all that can meet.
+Status Open(bool alone, std::unique_ptr<Arena>* arena) {
+  std::vector<int> in_use;
+  Status status = DevicesInUse(&in_use);
+  if (status.ok() && in_use.empty()) {
+    status = Status::Internal("jax_fusco: this process has no GPU in use.");
   }
-  *arena = the;
+  std::unique_ptr<Processes> processes;
+  if (status.ok() && !alone && Connected() != nullptr) {
+    status = Processes::Meet(*Connected(), HostName(), in_use, &processes);
+  }
+  if (!status.ok()) return status;
+  if (processes != nullptr && processes->members().size() == 1) processes = nullptr;
+  std::vector<int> ordinals(static_cast<size_t>(in_use.back()) + 1, -1);
+  for (int ordinal : in_use) ordinals[static_cast<size_t>(ordinal)] = ordinal;
+  return Arena::Create(ordinals, std::move(processes), arena);
+}
+
+}  // namespace
+
+Status Arena::Get(int64_t num_ranks, Arena** arena) {
+  // Never destroyed: kernels may run to the end of the process. Made again after a failure, but for
+  // one that other processes have a part in: they would have to come again too.
+  struct One {
+    std::mutex mutex;
+    Arena* arena = nullptr;
+    Status status;
+  };
+  static One* both = new One[2];
+  const bool alone = Connected() != nullptr && num_ranks == 1;
+  One& one = both[alone];
+  std::lock_guard<std::mutex> lock(one.mutex);
+  if (!one.status.ok()) return one.status;
+  if (one.arena == nullptr) {
+    std::unique_ptr<Arena> made;
+    const Status status = Open(alone, &made);
+    if (Connected() != nullptr && !alone) one.status = status;
+    if (!status.ok()) return status;
+    one.arena = made.release();
+  }
+  *arena = one.arena;
   return Status::Ok();
 }
 
+Processes* Arena::processes() const { return impl_->processes.get(); }
+
 int Arena::num_devices() const { return impl_->num_devices(); }
 
+int Arena::first_device() const { return static_cast<int>(impl_->DeviceOf(0)); }
+
+bool Arena::has_others() const {
+  if (impl_->processes != nullptr) return impl_->processes->is_part();
+  return Connected() != nullptr;
+}
+
 int Arena::ordinal(int device) const {
-  return device < 0 || device >= num_devices() ? -1 : impl_->ordinals[static_cast<size_t>(device)];
+  if (device < 0 || device >= impl_->num_local()) return -1;
+  return impl_->ordinals[static_cast<size_t>(device)];
+}
+
+uint64_t* const* Arena::news(int device) const {
+  if (impl_->processes == nullptr) return nullptr;
+  return static_cast<uint64_t* const*>(impl_->Own(impl_->news.data, static_cast<size_t>(device)));
 }
 
 const Status& Arena::reach() const { return impl_->reach; }
@@ -240,27 +323,42 @@ uint64_t* Arena::seen_alarm(int device) const {
   return static_cast<uint64_t*>(impl_->seen_alarms[static_cast<size_t>(device)]);
 }
 
-Status Arena::NewPlaces(std::vector<Place>* places) {
+Status Arena::NewPlaces(const std::string& site, int64_t stage_bytes, std::vector<Place>* places) {
   Impl& impl = *impl_;
   std::lock_guard<std::mutex> lock(impl.mutex);
+  const Impl::Stage* stage = nullptr;
+  if (impl.processes != nullptr) {
+    Status status = impl.processes->AddSite(site);
+    if (!status.ok()) return status;
+    stage = impl.FindStage(stage_bytes);
+    if (stage == nullptr) {
+      impl.stages.emplace_back();
+      status = impl.AddStage(stage_bytes, &impl.stages.back());
+      if (!status.ok()) return status;
+      stage = &impl.stages.back();
+    }
+  }
   if (impl.slabs.back().used == impl.SitesPerSlab()) {
     const Status status = impl.AddSlab();
     if (!status.ok()) return status;
   }
   Impl::Slab& slab = impl.slabs.back();
-  const int64_t site = slab.used++;
+  const int64_t place_of_site = slab.used++;
   places->assign(impl.ordinals.size(), {});
   for (size_t d = 0; d < impl.ordinals.size(); ++d) {
     if (impl.ordinals[d] < 0) continue;
     Place& place = (*places)[d];
-    char* base = At(slab.data[d], site * impl.SiteBytes());
-    char* board = base + impl.PointersBytes();
-    place.boards = reinterpret_cast<Board* const*>(base);
+    void* base = impl.Own(slab.data, d);
+    char* board = At(base, impl.BoardOf(place_of_site));
+    place.boards = reinterpret_cast<Board* const*>(At(base, place_of_site * impl.PointersBytes()));
     place.board = reinterpret_cast<Board*>(board);
     place.table = reinterpret_cast<Table*>(board + RoundUp(BoardBytes(impl.num_devices()), kLine));
-    const int64_t record = site * impl.num_devices() + static_cast<int64_t>(d);
+    const int64_t record = place_of_site * impl.num_local() + static_cast<int64_t>(d);
     place.record = static_cast<Record*>(slab.records.data) + record;
     place.seen_record = static_cast<Record*>(slab.seen_records[d]) + record;
+    if (stage == nullptr) continue;
+    place.stages = static_cast<char* const*>(impl.Own(stage->data, d));
+    place.stage = At(impl.Own(stage->data, d), impl.PointersBytes());
   }
   return Status::Ok();
 }

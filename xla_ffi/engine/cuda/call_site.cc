@@ -11,6 +11,7 @@
 #include "xla_ffi/engine/cuda/kernels.h"
 #include "xla_ffi/engine/cuda/runs.h"
 #include "xla_ffi/engine/cuda/runtime.h"
+#include "xla_ffi/engine/cuda/stage.h"
 
 namespace jax_fusco::cuda {
 
@@ -33,6 +34,8 @@ struct CallSite::Impl : Watched {
   std::vector<Device> devices;
   Runs runs;
   uint64_t reported = 0;  // runs up to this number have been reported
+  uint64_t settled = 0;   // and up to this one by all processes
+  int64_t stage_bytes = 0;
 
   ~Impl() override {
     if (places.empty()) return;
@@ -45,17 +48,36 @@ struct CallSite::Impl : Watched {
   }
   Device& At(int device) { return devices[static_cast<size_t>(device)]; }
 
-  Status Open(int device, int64_t num_ranks);
+  Status Open(int device, const BeginArgs& args);
   Status Load(int device);
   Status TakeFailure();
+  Status DescribeHere(const CallFailure& failure) const;
+  Run StartRun(uint64_t last);
   Status Enter(int device, int64_t run_id, Run* run);
+  Status Stage(const Place& place, const BeginArgs& args, EnterArgs* enter, Stream stream);
   void LogFailures() override;
 };
 
+namespace {
+
+// Operands lie in stages as they lie in memory, at multiples of this.
+constexpr int64_t kStageAlignment = 256;
+int64_t StageBytes(int64_t bytes) {
+  return (bytes + kStageAlignment - 1) / kStageAlignment * kStageAlignment;
+}
+int64_t StageBytes(const BeginArgs& args) {
+  int64_t bytes = 0;
+  for (int i = 0; i < args.num_operands; ++i) bytes += StageBytes(args.operand_bytes[i]);
+  return std::max(bytes, kStageAlignment);
+}
+
+}  // namespace
+
 // The first time, on whatever device: gets places on all of them.
-Status CallSite::Impl::Open(int device, int64_t num_ranks) {
+Status CallSite::Impl::Open(int device, const BeginArgs& args) {
+  const int64_t num_ranks = args.num_ranks;
   if (arena == nullptr) {
-    const Status status = Arena::Get(&arena);
+    const Status status = Arena::Get(num_ranks, &arena);
     if (!status.ok()) return status;
   }
   if (arena->ordinal(device) < 0) {
@@ -63,14 +85,28 @@ Status CallSite::Impl::Open(int device, int64_t num_ranks) {
         Concat(name, ": GPU ", device, " was not in use when the process first shuffled."));
   }
   if (num_ranks < 1 || num_ranks > arena->num_devices()) {
-    return Status::InvalidArgument(Concat(name, ": a group has ", num_ranks,
-                                          " ranks, but only the ", arena->num_devices(),
-                                          " GPUs of this process can meet."));
+    return Status::InvalidArgument(Concat(
+        name, ": a group has ", num_ranks, " ranks, but only the ", arena->num_devices(),
+        arena->processes() == nullptr ? " GPUs of this process can meet."
+                                      : " GPUs of the processes that share a host or NVLink can "
+                                        "meet; use implementation=\"xla\"."));
   }
   if (num_ranks > 1 && !arena->reach().ok()) return arena->reach();
   if (!places.empty()) return Status::Ok();
-  const Status status = arena->NewPlaces(&places);
-  if (!status.ok()) return status;
+  if (args.num_operands < 0 || args.num_operands > kMaxOperands) {
+    return Status::InvalidArgument(Concat(name, ": a call has ", args.num_operands,
+                                          " arrays, it may have at most ", kMaxOperands, "."));
+  }
+  const int64_t bytes = StageBytes(args);
+  const Status status =
+      arena->NewPlaces(Concat(name, " (", num_ranks, " ranks, ", bytes, " bytes, signature ",
+                              static_cast<int64_t>(args.signature), ")"),
+                       bytes, &places);
+  if (!status.ok()) {
+    places.clear();
+    return status;
+  }
+  stage_bytes = bytes;
   devices.resize(places.size());
   arena->Watch(this);
   return Status::Ok();
@@ -81,8 +117,9 @@ Status CallSite::Impl::Load(int device) {
   if (At(device).loaded) return Status::Ok();
   const OnDevice on(arena->ordinal(device));
   if (!on.status().ok()) return on.status();
-  for (const Error error : {LaunchEnter({}, kLoadOnly), LaunchLeave({}, kLoadOnly),
-                            LaunchStartRun(nullptr, 0, 0, kLoadOnly)}) {
+  for (const Error error :
+       {LaunchStage({}, kLoadOnly), LaunchEnter({}, kLoadOnly), LaunchLeave({}, kLoadOnly),
+        LaunchStartRun(nullptr, 0, 0, 0, kLoadOnly)}) {
     if (error != nullptr) return Internal("loading a kernel", error);
   }
   At(device).loaded = true;
@@ -107,14 +144,45 @@ Status CallSite::Impl::TakeFailure() {
   }
   reported = newest;
   if (chosen.failure == Failure::kNone) return Status::Ok();
-  Status status = Describe(name, chosen);
+  Status status = DescribeHere(chosen);
   status.message += " The results of that run are not valid; this one was not started.";
   return status;
 }
 
+Status CallSite::Impl::DescribeHere(const CallFailure& failure) const {
+  const Processes* processes = arena->processes();
+  if (processes == nullptr) return Describe(name, failure);
+  return Describe(name, failure,
+                  [processes](int64_t device) { return processes->ProcessOf(device); });
+}
+
+// The run after number `last`. With several processes its number must be the same in all.
+Run CallSite::Impl::StartRun(uint64_t last) {
+  Run run;
+  Processes* processes = arena->processes();
+  if (processes != nullptr) {
+    uint64_t all_settled = 0;
+    run.status = processes->Settle(&all_settled);
+    if (run.status.ok() && all_settled > settled) {
+      settled = last = all_settled;
+      reported = std::max(reported, settled);
+    }
+  }
+  if (run.status.ok()) {
+    run.status = TakeFailure();
+    if (!run.status.ok() && processes != nullptr) {
+      const Status told = processes->TellFailure();
+      if (!told.ok()) run.status.message += " " + told.message;
+    }
+  }
+  run.number = last + 1;
+  if (run.status.ok() && processes != nullptr) run.status = processes->StartRun(run.number);
+  return run;
+}
+
 // Finds the run and checks that the device comes to its runs in order.
 Status CallSite::Impl::Enter(int device, int64_t run_id, Run* run) {
-  *run = runs.Find(run_id, [this] { return TakeFailure(); });
+  *run = runs.Find(run_id, [this](uint64_t last) { return StartRun(last); });
   if (!run->status.ok()) return run->status;
   if (run->number < At(device).run) {
     return Status::Internal(Concat(name, ": two runs of one program overlap on GPU ", device,
@@ -124,13 +192,33 @@ Status CallSite::Impl::Enter(int device, int64_t run_id, Run* run) {
   return Status::Ok();
 }
 
+// Puts the operands where the ranks of other processes reach them.
+Status CallSite::Impl::Stage(const Place& place, const BeginArgs& args, EnterArgs* enter,
+                             Stream stream) {
+  if (StageBytes(args) > stage_bytes) {
+    return Status::Internal(Concat(name, ": a call brings ", StageBytes(args),
+                                   " bytes, but was prepared for ", stage_bytes, "."));
+  }
+  StageArgs stage;
+  char* to = place.stage;
+  for (int i = 0; i < args.num_operands; ++i) {
+    enter->operand[i] = to;
+    if (args.operand_bytes[i] == 0) continue;
+    stage.part[stage.num_parts++] = {to, args.operand[i], args.operand_bytes[i]};
+    to += StageBytes(args.operand_bytes[i]);
+  }
+  if (stage.num_parts == 0) return Status::Ok();
+  const Error error = LaunchStage(stage, stream);
+  return error == nullptr ? Status::Ok() : Internal("copying operands", error);
+}
+
 void CallSite::Impl::LogFailures() {
   for (size_t d = 0; d < places.size(); ++d) {
     CallFailure failure;
     if (places[d].record == nullptr || !ReadRecord(places[d].record, &failure)) continue;
     if (failure.sequence == devices[d].logged) continue;
     devices[d].logged = failure.sequence;
-    std::fprintf(stderr, "%s\n", Describe(name, failure).message.c_str());
+    std::fprintf(stderr, "%s\n", DescribeHere(failure).message.c_str());
   }
 }
 
@@ -153,9 +241,10 @@ namespace {
 uint64_t KeyOf(int64_t run_id) { return static_cast<uint64_t>(run_id) + 1; }
 }  // namespace
 
-Status CallSite::Prepare(int device, int64_t run_id, int64_t num_ranks, Stream stream) {
+Status CallSite::Prepare(int device, const BeginArgs& args, Stream stream) {
   std::lock_guard<std::mutex> lock(impl_->mutex);
-  Status status = impl_->Open(device, num_ranks);
+  const int64_t run_id = args.run;
+  Status status = impl_->Open(device, args);
   if (status.ok()) status = impl_->Load(device);
   Run run;
   if (status.ok()) status = impl_->Enter(device, run_id, &run);
@@ -165,8 +254,15 @@ Status CallSite::Prepare(int device, int64_t run_id, int64_t num_ranks, Stream s
   state.prepared_run = run.number;
   if (!state.recorded) return Status::Ok();
   Board* board = impl_->places[static_cast<size_t>(device)].board;
-  const Error error = LaunchStartRun(board, run.number, KeyOf(run_id), stream);
+  const Error error = LaunchStartRun(board, run.number, KeyOf(run_id), impl_->settled, stream);
   return error == nullptr ? Status::Ok() : impl_->Internal("starting a run", error);
+}
+
+Status CallSite::Prepare(int device, int64_t run, int64_t num_ranks, Stream stream) {
+  BeginArgs args;
+  args.run = run;
+  args.num_ranks = num_ranks;
+  return Prepare(device, args, stream);
 }
 
 Status CallSite::Begin(int device, const BeginArgs& args, Stream stream, Table** table) {
@@ -184,7 +280,7 @@ Status CallSite::Begin(int device, const BeginArgs& args, Stream stream, Table**
                                           " arrays, it may have at most ", kMaxOperands, "."));
   }
   Run run;
-  status = impl_->Open(device, args.num_ranks);
+  status = impl_->Open(device, args);
   if (status.ok()) status = impl_->Enter(device, args.run, &run);
   if (!status.ok()) return status;
   const Place& place = impl_->places[static_cast<size_t>(device)];
@@ -192,8 +288,11 @@ Status CallSite::Begin(int device, const BeginArgs& args, Stream stream, Table**
   state.recorded |= recording;
   Seat& seat = state.seat;
   seat.boards = place.boards;
+  seat.stages = place.stages;
+  seat.news = impl_->arena->news(device);
   seat.num_devices = impl_->arena->num_devices();
-  seat.device = device;
+  seat.device = impl_->arena->first_device() + device;
+  seat.has_others = impl_->arena->has_others();
   seat.timeout_ns = static_cast<uint64_t>(settings.timeout_s * 1e9);
   seat.table = place.table;
   seat.record = place.seen_record;
@@ -210,7 +309,12 @@ Status CallSite::Begin(int device, const BeginArgs& args, Stream stream, Table**
   enter.signature = signature.bits();
   enter.run = run.number;
   enter.run_key = KeyOf(args.run);
+  enter.settled = impl_->settled;
   std::copy_n(args.operand, kMaxOperands, enter.operand);
+  if (place.stage != nullptr) {
+    status = impl_->Stage(place, args, &enter, stream);
+    if (!status.ok()) return status;
+  }
   *table = place.table;
   const Error error = LaunchEnter(enter, stream);
   return error == nullptr ? Status::Ok() : impl_->Internal("entering", error);

@@ -1,9 +1,9 @@
 // Where the ranks of one call in a compiled program meet.
 //
-// Each run of the program, on each device: Prepare, before any of its work is enqueued; then, for
-// each call, Begin, the movers, Finish, on the device's stream. A call that fails fills its results
-// with NaN, is logged, and makes Prepare of a later run say why, on all devices; runs after that
-// work again.
+// Each run of the program, on each device of this process: Prepare, before any of its work is
+// enqueued; then, for each call, Begin, the movers, Finish, on the device's stream. A call that
+// fails fills its results with NaN, is logged, and makes Prepare of a later run say why, on all
+// devices; runs after that work again, with several processes as soon as each of them has said so.
 #ifndef JAX_FUSCO_ENGINE_CUDA_CALL_SITE_H_
 #define JAX_FUSCO_ENGINE_CUDA_CALL_SITE_H_
 
@@ -25,6 +25,7 @@ struct BeginArgs {
   uint64_t signature = 0;  // of the call's shapes and attributes; see Signature
   int num_operands = 0;    // that peers read
   const void* operand[kMaxOperands] = {};
+  int64_t operand_bytes[kMaxOperands] = {};
 };
 
 // Collects what must be the same on all ranks of a call.
@@ -51,10 +52,14 @@ class CallSite {
 
   // Once a run and device, before its first Begin and not while a graph is recorded: allocates,
   // loads, enables peers the first time, reports what became of earlier runs, and tells calls in
-  // CUDA graphs which run it is. Again in the same run: does nothing.
+  // CUDA graphs which run it is. Again in the same run: does nothing. Needs no addresses. The first
+  // time with several processes, waits until all of them have come.
+  Status Prepare(int device, const BeginArgs& args, Stream stream);
+  // The same for a process that is alone.
   Status Prepare(int device, int64_t run, int64_t num_ranks, Stream stream);
 
-  // Enqueues Enter. The table is for the movers and LaunchFillIfFailed.
+  // Enqueues Enter, and before it, with several processes, copies of the operands. The table is for
+  // the movers and LaunchFillIfFailed.
   Status Begin(int device, const BeginArgs& args, Stream stream, Table** table);
   // Enqueues Leave.
   Status Finish(int device, Stream stream);

@@ -52,43 +52,54 @@ bool ReadRecord(const Record* record, CallFailure* failure) {
   failure->peer = Low(peer);
   failure->failure = static_cast<Failure>(High(peer));
   const uint64_t phase = Load(&record->phase);
-  failure->phase = static_cast<Phase>(Low(phase));
+  failure->phase = static_cast<Phase>(Low(phase) & 0xff);
+  failure->peer_device = (Low(phase) >> 8) - 1;
   failure->num_ranks = High(phase);
   failure->detail = static_cast<int64_t>(Load(&record->detail));
   failure->waited_s = static_cast<double>(Load(&record->waited_ns)) * 1e-9;
   return Load(&record->sequence) == sequence;
 }
 
-Status Describe(const std::string& call_site, const CallFailure& f) {
+Status Describe(const std::string& call_site, const CallFailure& f,
+                const std::function<int(int64_t)>& process_of) {
+  const auto in_process = [&](int64_t device) {
+    const int process = process_of == nullptr || device < 0 ? -1 : process_of(device);
+    return process < 0 ? std::string() : Concat(" (process ", process, ")");
+  };
+  const std::string peer = Concat("rank ", f.peer, in_process(f.peer_device));
   const std::string who = Concat("jax_fusco: rank ", f.rank, " of group ", f.group);
   const std::string where =
       Concat(call_site, " (", Name(f.phase), ", call ", static_cast<int64_t>(f.call), ")");
   switch (f.failure) {
     case Failure::kTimeout:
       return Status::DeadlineExceeded(
-          Concat(who, " waited ", Seconds(f.waited_s), " (JAX_FUSCO_TIMEOUT_S) for rank ", f.peer,
-                 " in ", where, "; look for an earlier error on the device of rank ", f.peer,
+          Concat(who, " waited ", Seconds(f.waited_s), " (JAX_FUSCO_TIMEOUT_S) for ", peer, " in ",
+                 where, "; look for an earlier error on the device of rank ", f.peer,
                  ", or for a shuffle under a condition that ranks decide differently."));
     case Failure::kPeerFailed:
-      return Status::Internal(Concat(who, " gave up ", where, " because rank ", f.peer,
+      return Status::Internal(Concat(who, " gave up ", where, " because ", peer,
                                      " had given it up, for a reason of its own."));
     case Failure::kMismatch:
       return Status::InvalidArgument(
-          Concat(who, " and rank ", f.peer, " came to ", where, " with different shapes or ",
+          Concat(who, " and ", peer, " came to ", where, " with different shapes or ",
                  "attributes (", Hex(f.detail), "); all ranks must run the same program."));
     case Failure::kBadIndex:
       return Status::InvalidArgument(Concat(who, " met index ", IndexOfBadIndex(f.detail),
                                             " of rank ", RankOfBadIndex(f.detail), " in ", where,
-                                            ", given by rank ", f.peer, "; it does not exist."));
+                                            ", given by ", peer, "; it does not exist."));
     case Failure::kBadRank:
       return Status::InvalidArgument(
           Concat("jax_fusco: rank is ", f.rank, " and group is ", f.group, " in ", where,
                  "; rank must lie in [0, ", f.num_ranks,
-                 ") and there must be a device of this process for each rank of each group."));
+                 ") and there must be a device for each rank of each group."));
     case Failure::kSameRank:
       return Status::InvalidArgument(
-          Concat(who, " is also device ", f.detail, " in ", where,
+          Concat(who, " is also device ", f.detail, in_process(f.detail), " in ", where,
                  "; group must tell apart the devices along every other mesh axis."));
+    case Failure::kUnsettled:
+      return Status::Internal(Concat(who, " gave up ", where, " because device ", f.detail,
+                                     in_process(f.detail),
+                                     " had failed, and not all processes had reported it yet."));
     case Failure::kFailedRun:
     case Failure::kNone:
       break;

@@ -3,6 +3,7 @@
 #define JAX_FUSCO_ENGINE_CUDA_ERRORS_H_
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "xla_ffi/core/status.h"
@@ -19,6 +20,7 @@ struct CallFailure {
   int32_t group = 0;
   int32_t num_ranks = 0;
   int32_t peer = 0;
+  int32_t peer_device = -1;  // where it is known
   Failure failure = Failure::kNone;
   Phase phase = Phase::kNone;
   int64_t detail = 0;
@@ -29,8 +31,10 @@ struct CallFailure {
 // written: it will be there soon.
 bool ReadRecord(const Record* record, CallFailure* failure);
 
-// One sentence, and the code that fits.
-Status Describe(const std::string& call_site, const CallFailure& failure);
+// One sentence, and the code that fits. `process_of` names the process of a device, -1 where that
+// is not known; null where there is one process.
+Status Describe(const std::string& call_site, const CallFailure& failure,
+                const std::function<int(int64_t)>& process_of = nullptr);
 
 }  // namespace jax_fusco::cuda
 

@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kMaxRanks) LeaveKernel(const Seat seat) {
   Leave(BlockTeam{&outcome}, seat);
 }
 
-__global__ void StartRunKernel(Board* board, uint64_t run, uint64_t run_key) {
-  StartRun(board, run, run_key);
+__global__ void StartRunKernel(Board* board, uint64_t run, uint64_t run_key, uint64_t settled) {
+  StartRun(board, run, run_key, settled);
 }
 
 }  // namespace
@@ -66,8 +66,9 @@ Error LaunchLeave(const Seat& seat, Stream stream) {
   return Launch(LeaveKernel, 1, kMaxRanks, 0, stream, seat);
 }
 
-Error LaunchStartRun(Board* board, uint64_t run, uint64_t run_key, Stream stream) {
-  return Launch(StartRunKernel, 1, 1, 0, stream, board, run, run_key);
+Error LaunchStartRun(Board* board, uint64_t run, uint64_t run_key, uint64_t settled,
+                     Stream stream) {
+  return Launch(StartRunKernel, 1, 1, 0, stream, board, run, run_key, settled);
 }
 
 }  // namespace jax_fusco::cuda

@@ -24,10 +24,11 @@ enum class Failure : int32_t {
   kBadRank,     // the rank or group operand makes no sense; `detail` is the group
   kSameRank,    // another device came as this rank: `detail` is its index
   kFailedRun,   // an earlier call of this run failed on this device
+  kUnsettled,   // device `detail` failed, and not all processes have heard of it
 };
 
 // What a call knows of its peers, in this rank's device memory. Written by Enter, read by the
-// kernels that move rows. Only the first TableBytes(devices of the process) exist.
+// kernels that move rows. Only the first TableBytes(devices that can meet) exist.
 struct Table {
   int32_t rank;
   int32_t num_ranks;
@@ -53,19 +54,20 @@ struct Slot {
   uint64_t left;     // twice the tag of the call that was left last; plus one where it failed
   uint64_t device;   // message: index of the rank's device,
   uint64_t signature;
-  uint64_t operand[kMaxOperands];  // and where its operands are
+  uint64_t operand[kMaxOperands];  // and where its operands are, see Seat::stages
 };
 
 // Where a device hears from the others, for one call site; in the device's memory. Only the first
-// BoardBytes(devices of the process) exist. The first words are the owner's own.
+// BoardBytes(devices that can meet) exist. The first words are the owner's own.
 struct Board {
   uint64_t run;      // number of the current run
   uint64_t run_key;  // who else is in it; 0: unknown
   uint64_t call;     // in this run
   uint64_t calls;    // in all
   uint64_t marked;   // run in which the rank told its peers that it has failed
-  uint64_t unused[3];
-  Slot slot[kMaxRanks];  // by group * num_ranks + rank
+  uint64_t settled;  // failures of later runs than this one end all calls, see Seat::news
+  uint64_t unused[2];
+  Slot slot[kMaxRanks];  // see SlotOf
 };
 inline int64_t BoardBytes(int num_devices) {
   return static_cast<int64_t>(offsetof(Board, slot)) +
@@ -79,7 +81,8 @@ struct Record {
   uint64_t call;    // Board::calls
   uint64_t rank;    // and the group in the upper half
   uint64_t peer;    // and the failure in the upper half
-  uint64_t phase;   // and the number of ranks in the upper half
+  uint64_t phase;   // in the lowest byte; above it the peer's device, plus one, where it is known;
+                    // and the number of ranks in the upper half
   uint64_t detail;  // of the table
   uint64_t waited_ns;
 };
@@ -87,8 +90,17 @@ struct Record {
 // One device's place at a call site.
 struct Seat {
   Board* const* boards = nullptr;  // [num_devices], device memory; null: takes no part
+  // [num_devices], device memory: where peers in other processes read a device's operands. A
+  // message says how far behind it they are, since every process sees it elsewhere. Null: all are
+  // in one process, and messages are pointers.
+  char* const* stages = nullptr;
+  // [num_devices], device memory: a word on each device where the others tell it of failures, at
+  // whatever call site: the run, and in the lower half who failed. Null: all are in one process,
+  // whose host sees to that.
+  uint64_t* const* news = nullptr;
   int32_t num_devices = 0;
-  int32_t device = 0;  // index of this one
+  int32_t device = 0;       // index of this one
+  bool has_others = false;  // there are groups of ranks on devices that do not meet these
   uint64_t timeout_ns = 0;
   Table* table = nullptr;
   Record* record = nullptr;
@@ -107,6 +119,7 @@ struct EnterArgs {
   // recorded in one run and replayed in others.
   uint64_t run = 0;
   uint64_t run_key = 0;
+  uint64_t settled = 0;
   const void* operand[kMaxOperands] = {};
 };
 
@@ -119,7 +132,7 @@ Error LaunchEnter(const EnterArgs& args, Stream stream);
 // After them: waits until no peer reads this rank's operands any more.
 Error LaunchLeave(const Seat& seat, Stream stream);
 // Tells a device's board that a run starts, for calls that are replayed from a CUDA graph.
-Error LaunchStartRun(Board* board, uint64_t run, uint64_t run_key, Stream stream);
+Error LaunchStartRun(Board* board, uint64_t run, uint64_t run_key, uint64_t settled, Stream stream);
 
 }  // namespace jax_fusco::cuda
 

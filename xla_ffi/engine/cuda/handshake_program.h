@@ -12,6 +12,9 @@
 //         late rank hears of it at once, and one that is reading hears of it in Leave.
 // Runs    A failure ends with its run: tags begin with the run, which the host knows. A rank that
 //         sees a peer in a later run has been given up; one that sees it in an earlier run waits.
+//         Where the hosts are several, one that reports a failure instead of starting a run does
+//         not stop the others from starting it. So there nobody succeeds after a failure until all
+//         processes have settled it, and what they start before fails without waiting.
 #ifndef JAX_FUSCO_ENGINE_CUDA_HANDSHAKE_PROGRAM_H_
 #define JAX_FUSCO_ENGINE_CUDA_HANDSHAKE_PROGRAM_H_
 
@@ -27,6 +30,7 @@ JAX_FUSCO_PROGRAM void StartCall(const Team& team, const EnterArgs& args) {
   if (args.run > board->run) {
     board->run = args.run;
     board->run_key = args.run_key;
+    board->settled = args.settled;
     board->call = 0;
   }
   ++board->call;
@@ -41,7 +45,7 @@ JAX_FUSCO_PROGRAM void StartCall(const Team& team, const EnterArgs& args) {
   table->phase = static_cast<int32_t>(Phase::kMove);
   table->peer = 0;
   table->detail = 0;
-  const int64_t slot = static_cast<int64_t>(group) * args.num_ranks + rank;
+  const int64_t slot = FirstSlotOf(seat, group, args.num_ranks) + rank;
   const bool valid = rank >= 0 && rank < args.num_ranks && group >= 0 && slot < seat.num_devices;
   Outcome* outcome = team.outcome();
   *outcome = {};
@@ -52,6 +56,10 @@ JAX_FUSCO_PROGRAM void StartCall(const Team& team, const EnterArgs& args) {
   const bool failed_here = board->marked == board->run;
   const bool failed_elsewhere = board->run_key != 0 && team.Read(seat.failed_run) == board->run_key;
   if (failed_here || failed_elsewhere) return Stop(team, Failure::kFailedRun, rank, 0);
+  const uint64_t failed = seat.news == nullptr ? 0 : team.Read(seat.news[seat.device]);
+  if (RunOf(failed) > board->settled) {
+    return Stop(team, Failure::kUnsettled, rank, static_cast<int64_t>(failed & 0xffffffffu));
+  }
   // Only this rank writes here, and not yet for this call.
   const Slot* own = &board->slot[slot];
   const uint64_t entered = team.Acquire(&own->entered);
@@ -59,6 +67,11 @@ JAX_FUSCO_PROGRAM void StartCall(const Team& team, const EnterArgs& args) {
   if (entered >= outcome->tag || (entered != 0 && device != static_cast<uint64_t>(seat.device))) {
     Stop(team, Failure::kSameRank, rank, static_cast<int64_t>(device));
   }
+}
+
+JAX_FUSCO_PROGRAM inline uint64_t StageOf(const Seat& seat, uint64_t device) {
+  if (seat.stages == nullptr || device >= static_cast<uint64_t>(seat.num_devices)) return 0;
+  return reinterpret_cast<uint64_t>(seat.stages[device]);
 }
 
 // Takes over what the peers said. A peer that has given up in the meantime may have said something
@@ -83,8 +96,9 @@ JAX_FUSCO_PROGRAM void CopyMessages(const Team& team, const EnterArgs& args) {
       continue;
     }
     const uint64_t signature = team.Read(&slot->signature);
+    const uint64_t base = StageOf(seat, device);
     for (int32_t i = 0; i < args.num_operands; ++i) {
-      table->operand[p][i] = reinterpret_cast<const void*>(team.Read(&slot->operand[i]));
+      table->operand[p][i] = reinterpret_cast<const void*>(base + team.Read(&slot->operand[i]));
     }
     team.Fence();
     if (LookEnter(team, slot, tag) != Look::kReady) {
@@ -102,13 +116,14 @@ JAX_FUSCO_PROGRAM void Enter(const Team& team, const EnterArgs& args) {
   team.Sync();
   const Outcome* outcome = team.outcome();
   if (outcome->failure == 0) {
+    const uint64_t base = StageOf(seat, static_cast<uint64_t>(seat.device));
     for (int32_t b = team.thread(); b < seat.num_devices; b += team.num_threads()) {
       if (seat.boards[b] == nullptr || (args.num_ranks == 1 && b != seat.device)) continue;
       Slot* slot = &seat.boards[b]->slot[outcome->slot];
       team.Write(&slot->device, static_cast<uint64_t>(seat.device));
       team.Write(&slot->signature, args.signature);
       for (int32_t i = 0; i < args.num_operands; ++i) {
-        team.Write(&slot->operand[i], reinterpret_cast<uint64_t>(args.operand[i]));
+        team.Write(&slot->operand[i], reinterpret_cast<uint64_t>(args.operand[i]) - base);
       }
       team.Release(&slot->entered, outcome->tag);
     }
@@ -133,7 +148,8 @@ JAX_FUSCO_PROGRAM void EndCall(const Team& team, const Seat& seat) {
   *outcome = {};
   outcome->tag = board->run << 32 | board->call;
   outcome->start = team.Now();
-  outcome->slot = table->group * table->num_ranks + table->rank;
+  outcome->slot =
+      static_cast<int32_t>(FirstSlotOf(seat, table->group, table->num_ranks)) + table->rank;
   if (table->failure != 0)
     Stop(team, static_cast<Failure>(table->failure), table->peer, table->detail);
 }
@@ -157,8 +173,10 @@ JAX_FUSCO_PROGRAM void Leave(const Team& team, const Seat& seat) {
   if (outcome->failure != 0) Fail(team, seat, Phase::kLeave);
 }
 
-JAX_FUSCO_PROGRAM inline void StartRun(Board* board, uint64_t run, uint64_t run_key) {
+JAX_FUSCO_PROGRAM inline void StartRun(Board* board, uint64_t run, uint64_t run_key,
+                                       uint64_t settled = 0) {
   if (run <= board->run) return;
+  board->settled = settled;
   board->run = run;
   board->run_key = run_key;
   board->call = 0;

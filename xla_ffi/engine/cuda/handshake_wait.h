@@ -64,6 +64,15 @@ JAX_FUSCO_PROGRAM Look LookLeave(const Team& team, const Slot* slot, uint64_t ta
   return left / 2 >= tag ? Look::kReady : Look::kWait;
 }
 
+// Where rank 0 of a group has its slot on every board. Groups whose ranks are all on devices that
+// do not meet these leave gaps in the numbers of those that do.
+JAX_FUSCO_PROGRAM inline int64_t FirstSlotOf(const Seat& seat, int64_t group, int32_t num_ranks) {
+  if (seat.has_others && num_ranks > 0 && num_ranks <= seat.num_devices) {
+    group %= seat.num_devices / num_ranks;
+  }
+  return group * num_ranks;
+}
+
 // Waits for all peers but the rank itself, each thread for its own.
 template <typename Team>
 JAX_FUSCO_PROGRAM void Await(const Team& team, const Seat& seat, Phase phase) {
@@ -89,6 +98,15 @@ JAX_FUSCO_PROGRAM void Await(const Team& team, const Seat& seat, Phase phase) {
   }
 }
 
+// The device of the peer that the outcome is about, -1 where it never came or is no rank.
+template <typename Team>
+JAX_FUSCO_PROGRAM int32_t DeviceOfPeer(const Team& team, const Seat& seat, const Outcome& outcome) {
+  const Table* table = seat.table;
+  if (outcome.slot < 0 || outcome.peer < 0 || outcome.peer >= table->num_ranks) return -1;
+  const Slot* slot = &seat.boards[seat.device]->slot[outcome.slot - table->rank + outcome.peer];
+  return team.Acquire(&slot->entered) == 0 ? -1 : static_cast<int32_t>(team.Read(&slot->device));
+}
+
 // Tells everybody that this rank has failed, once a run, and writes down why. Called by all
 // threads.
 template <typename Team>
@@ -96,12 +114,12 @@ JAX_FUSCO_PROGRAM void Fail(const Team& team, const Seat& seat, Phase phase) {
   const Outcome outcome = *team.outcome();
   Board* board = seat.boards[seat.device];
   const bool mark = outcome.slot >= 0 && board->marked != board->run;
+  const uint64_t failed = board->run << 32 | static_cast<uint32_t>(seat.device);
   team.Sync();
-  if (mark) {
-    for (int32_t b = team.thread(); b < seat.num_devices; b += team.num_threads()) {
-      if (seat.boards[b] == nullptr) continue;
-      team.Release(&seat.boards[b]->slot[outcome.slot].left, 2 * outcome.tag + 1);
-    }
+  for (int32_t b = team.thread(); b < seat.num_devices; b += team.num_threads()) {
+    if (seat.boards[b] == nullptr) continue;
+    if (mark) team.Release(&seat.boards[b]->slot[outcome.slot].left, 2 * outcome.tag + 1);
+    if (seat.news != nullptr && team.Read(seat.news[b]) < failed) team.Write(seat.news[b], failed);
   }
   team.Fence();
   team.Sync();
@@ -125,7 +143,9 @@ JAX_FUSCO_PROGRAM void Fail(const Team& team, const Seat& seat, Phase phase) {
   team.Write(&record->call, board->calls);
   team.Write(&record->rank, pack(table->rank, table->group));
   team.Write(&record->peer, pack(outcome.peer, outcome.failure));
-  team.Write(&record->phase, pack(static_cast<int32_t>(phase), table->num_ranks));
+  const int32_t device = DeviceOfPeer(team, seat, outcome);
+  team.Write(&record->phase,
+             pack(static_cast<int32_t>(phase) | (device + 1) << 8, table->num_ranks));
   team.Write(&record->detail, static_cast<uint64_t>(outcome.detail));
   team.Write(&record->waited_ns, team.Now() - outcome.start);
   team.Release(&record->sequence, sequence + 1);

@@ -2,6 +2,12 @@
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <unistd.h>
+
+#include <fstream>
+#include <string>
+
+#include "xla_ffi/engine/cuda/hex.h"
 
 namespace jax_fusco::cuda {
 namespace {
@@ -72,16 +78,21 @@ Status AllocateZeroed(int ordinal, int64_t bytes, void** data) {
   const OnDevice on(ordinal);
   if (!on.status().ok()) return on.status();
   const auto size = static_cast<size_t>(bytes);
-  Status status = ToStatus(cudaMalloc(data, size), "allocating memory for the handshake");
-  if (status.ok()) status = ToStatus(cudaMemset(*data, 0, size), "zeroing memory");
-  if (status.ok()) status = ToStatus(cudaStreamSynchronize(nullptr), "zeroing memory");
-  return status;
+  const Status status = ToStatus(cudaMalloc(data, size), "allocating memory for the engine");
+  return status.ok() ? Zero(ordinal, *data, bytes) : status;
+}
+
+Status Zero(int ordinal, void* data, int64_t bytes) {
+  const OnDevice on(ordinal);
+  if (!on.status().ok()) return on.status();
+  const Status status = ToStatus(cudaMemset(data, 0, static_cast<size_t>(bytes)), "zeroing memory");
+  return status.ok() ? ToStatus(cudaStreamSynchronize(nullptr), "zeroing memory") : status;
 }
 
 Status Free(int ordinal, void* data) {
   const OnDevice on(ordinal);
   if (!on.status().ok()) return on.status();
-  return ToStatus(cudaFree(data), "freeing memory of the handshake");
+  return ToStatus(cudaFree(data), "freeing memory of the engine");
 }
 
 Status CopyToDevice(int ordinal, void* to, const void* from, int64_t bytes) {
@@ -105,6 +116,35 @@ Status SeenHostMemory(int ordinal, void* data, void** seen) {
 
 Status UnshareHostMemory(void* data) {
   return ToStatus(cudaHostUnregister(data), "unmapping host memory");
+}
+
+Status ExportMemory(int ordinal, void* data, std::string* handle) {
+  const OnDevice on(ordinal);
+  if (!on.status().ok()) return on.status();
+  cudaIpcMemHandle_t bytes{};
+  const Status status = ToStatus(cudaIpcGetMemHandle(&bytes, data), "sharing memory by CUDA IPC");
+  *handle = ToHex(bytes.reserved, sizeof(bytes.reserved));
+  return status;
+}
+
+Status ImportMemory(int ordinal, const std::string& handle, void** data) {
+  const OnDevice on(ordinal);
+  if (!on.status().ok()) return on.status();
+  cudaIpcMemHandle_t bytes{};
+  FromHex(handle, bytes.reserved, sizeof(bytes.reserved));
+  return ToStatus(cudaIpcOpenMemHandle(data, bytes, cudaIpcMemLazyEnablePeerAccess),
+                  "opening memory of another process by CUDA IPC");
+}
+
+std::string HostName() {
+  std::string name;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> name;
+  // CUDA IPC does not cross containers that are closed to each other.
+  for (const char* space : {"/proc/self/ns/ipc", "/proc/self/ns/pid"}) {
+    char text[64] = {};
+    if (readlink(space, text, sizeof(text) - 1) > 0) name += Concat(",", text);
+  }
+  return name;
 }
 
 Status IsRecording(Stream stream, bool* recording) {

@@ -3,6 +3,7 @@
 #define JAX_FUSCO_ENGINE_CUDA_RUNTIME_H_
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "xla_ffi/core/status.h"
@@ -19,6 +20,7 @@ Status EnablePeer(int from, int to, bool* possible);
 
 // Zeroed memory of a device. May wait for kernels that run on it.
 Status AllocateZeroed(int ordinal, int64_t bytes, void** data);
+Status Zero(int ordinal, void* data, int64_t bytes);
 Status Free(int ordinal, void* data);
 Status CopyToDevice(int ordinal, void* to, const void* from, int64_t bytes);
 
@@ -26,6 +28,13 @@ Status CopyToDevice(int ordinal, void* to, const void* from, int64_t bytes);
 Status ShareHostMemory(void* data, int64_t bytes);
 Status SeenHostMemory(int ordinal, void* data, void** seen);
 Status UnshareHostMemory(void* data);
+
+// Device memory for other processes of this host: a word without blanks that stands for it, and
+// where kernels of a device see what another process exported. `data` is what was allocated.
+Status ExportMemory(int ordinal, void* data, std::string* handle);
+Status ImportMemory(int ordinal, const std::string& handle, void** data);
+// The same in processes between which that works.
+std::string HostName();
 
 // Whether a CUDA graph is being recorded from the stream.
 Status IsRecording(Stream stream, bool* recording);
