@@ -127,7 +127,7 @@ class Trainer:
             return loss + router, {"loss": loss, **stats}
 
         grads, stats = nnx.grad(objective, has_aux=True)(model)
-        stats["grad_norm"] = optax.global_norm(grads)
+        stats["grad_norm"] = optax.tree.norm(grads)
         stats["learning_rate"] = self.schedule(step)
         optimizer.update(model, grads)
         return nnx.state((model, optimizer)), stats

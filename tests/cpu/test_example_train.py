@@ -170,7 +170,6 @@ def two_steps(balance_weight: float, z_weight: float) -> list[dict[str, float]]:
     return steps
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:optax")
 def test_steps_drop_other_features_and_router_losses_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     plain, balanced, squared = (two_steps(*weights) for weights in ((0, 0), (1, 0), (0, 1)))
