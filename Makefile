@@ -16,7 +16,7 @@ NATIVE := $(shell find CMakeLists.txt cmake xla_ffi -type f)
 NATIVE_TESTS := $(shell find tests/native -type f)
 FORMATTED := $(filter %.h %.cc %.cu,$(NATIVE) $(NATIVE_TESTS))
 
-.PHONY: help test native pytest protocol cuda levanter train bench lint format types bazel wheel clean
+.PHONY: help test native native-cuda pytest protocol cuda levanter train bench lint format types bazel wheel clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -46,13 +46,17 @@ $(VENV)/.extra-%: pyproject.toml $(VENV)/.package
 
 test: native pytest  ## set up, then run every native and Python test
 
+TESTED := CPU
 native: native-plain native-address native-thread  ## C++ tests: plain, then under the sanitizers
 
-native-address: SANITIZE := address,undefined
-native-thread: SANITIZE := thread
+native-cuda: native-cuda-address native-cuda-thread  ## the CUDA engine's programs, on host threads
+
+native-address native-cuda-address: SANITIZE := address,undefined
+native-thread native-cuda-thread: SANITIZE := thread
+native-cuda-%: TESTED := CUDA
 native-%: $(VENV)/.group-native
 	$(BIN)/cmake -S . -B _skbuild/native-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_TESTS=ON -DJAX_FUSCO_CUDA=OFF -DJAX_FUSCO_SANITIZE=$(SANITIZE) --log-level=WARNING
+	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_TESTS=$(TESTED) -DJAX_FUSCO_CUDA=OFF -DJAX_FUSCO_SANITIZE=$(SANITIZE) --log-level=WARNING
 	$(BIN)/cmake --build _skbuild/native-$*
 	$(BIN)/ctest --test-dir _skbuild/native-$* --output-on-failure --no-tests=error
 
