@@ -153,17 +153,7 @@ def ledger(
     from jax_fusco.ledger import ledger as count
 
     try:
-        ids, in_file = ledger_report.read_routing(routing)
-        experts = num_experts or in_file
-        if experts is None:
-            raise ValueError(
-                f"--num-experts: got nothing, and {routing} has no num_experts, need a number"
-            )
-        if len(ids) % ranks_per_node:
-            raise ValueError(
-                f"--ranks-per-node: got {ranks_per_node}, need a divisor of the {len(ids)} ranks "
-                "of the routing"
-            )
+        ids, experts = _read_routing(routing, num_experts, ranks_per_node, "--ranks-per-node")
         found = count(
             ids,
             (len(ids) // ranks_per_node, ranks_per_node),
@@ -181,6 +171,91 @@ def ledger(
         (out / "ledger.json").write_text(json.dumps(ledger_report.document(found), indent=1) + "\n")
         if not ledger_report.draw(found, out / "ledger.png"):
             console.print("Install jax-fusco[bench] for the picture")
+
+
+@main.command()
+@click.option("--routing", type=click.Path(path_type=pathlib.Path), help="Replay this npz instead.")
+@click.option("--row-bytes", type=click.IntRange(1), default=14336, show_default=True)
+@click.option("--num-experts", type=click.IntRange(1), help="If the routing's file does not say.")
+@click.option("--gpus", type=click.IntRange(8), multiple=True, help="GPUs; default: 8 to 16384.")
+@click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--nics-per-node", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--oversubscription", type=click.FloatRange(1), default=1.0, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="A GPU.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    default=pathlib.Path("runs/simulate"),
+    show_default=True,
+    help="Folder for simulate.json, simulate_rails.json and simulate.png.",
+)
+def simulate(
+    routing: pathlib.Path | None,
+    row_bytes: int,
+    num_experts: int | None,
+    gpus: tuple[int, ...],
+    gpus_per_node: int,
+    nics_per_node: int,
+    oversubscription: float,
+    tokens: int,
+    out: pathlib.Path,
+) -> None:
+    """Model shuffles on clusters of many hosts: a fit to published times, and what follows from it.
+
+    A model, not a measurement. With --routing nothing is written.
+    """
+    try:
+        from jax_fusco.simulate import run as study
+    except ImportError as error:
+        raise click.ClickException(
+            f"simulate: got no module {error.name}, need pip install 'jax-fusco[simulate]'"
+        ) from None
+    from jax_fusco.simulate.cluster import Cluster
+    from jax_fusco.simulate.study import GPUS
+
+    changes = {
+        "gpus_per_node": gpus_per_node,
+        "nics_per_node": nics_per_node,
+        "oversubscription": oversubscription,
+    }
+    odd = [number for number in gpus if number % gpus_per_node]
+    if odd:
+        raise click.ClickException(
+            f"--gpus: got {odd[0]}, need a multiple of the {gpus_per_node} GPUs of a node"
+        )
+    if routing is None:
+        study.run(out, changes, gpus or GPUS, tokens)
+        return
+    from jax_fusco.plan import experts_per_rank
+    from jax_fusco.simulate.traffic import from_routing
+
+    try:
+        ids, experts = _read_routing(routing, num_experts, gpus_per_node, "--gpus-per-node")
+        experts_per_rank(experts, len(ids))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    nodes = len(ids) // gpus_per_node
+    cluster = Cluster(nodes, **changes)
+    study.replay(from_routing(ids, nodes, gpus_per_node, experts), cluster, row_bytes)
+
+
+def _read_routing(
+    path: pathlib.Path, num_experts: int | None, ranks_per_node: int, option: str
+) -> tuple[Any, int]:
+    """A file's ids and number of experts; ValueError where they do not fit the options."""
+    from jax_fusco import ledger_report
+
+    ids, in_file = ledger_report.read_routing(path)
+    experts = num_experts or in_file
+    if experts is None:
+        raise ValueError(
+            f"--num-experts: got nothing, and {path} has no num_experts, need a number"
+        )
+    if len(ids) % ranks_per_node:
+        raise ValueError(
+            f"{option}: got {ranks_per_node}, need a divisor of the {len(ids)} ranks of the routing"
+        )
+    return ids, experts
 
 
 def _command() -> str:

@@ -118,7 +118,7 @@ def ledger(
     if slice_rows is None:
         slice_rows = max(1, -(-ids.shape[1] // 16))
     slice_rows = whole("slice_rows", slice_rows, 1)
-    count = _Counts(ids, nodes, local, here)
+    count = Counts(ids, nodes, local, here)
     own = np.einsum("sls->", count.visits)
     return Ledger(
         nodes=nodes,
@@ -160,7 +160,7 @@ def _shape(
     return whole("topology", topology[0], 1), whole("topology", topology[1], 1)
 
 
-class _Counts:
+class Counts:
     """Who needs what of whom.
 
     Attributes:
@@ -168,7 +168,7 @@ class _Counts:
         and once a token.
       visits: [N, L, N] rows from a source rank to a node, once a token.
       crossing: the same without a token's own node.
-      forwards: [N, L, R] rows that rail l of any node, on balanced rails, hands on to each rank.
+      forwards: [L, R] rows that rail l of any node, on balanced rails, hands on to each rank.
     """
 
     def __init__(self, ids: Array, nodes: int, local: int, here: int) -> None:
@@ -237,7 +237,7 @@ def _ring(nodes: int, local: int, tokens: int) -> Way:
     return Way(rows, 0, egress, np.roll(egress, 1), hops)
 
 
-def _fusco(count: _Counts) -> Way:
+def _fusco(count: Counts) -> Way:
     """Owners send to the forwarder of their position, and forwarders one row an assignment."""
     nodes, local = count.nodes, count.local
     plan = rails.fusco(count.crossing)
@@ -252,7 +252,7 @@ def _fusco(count: _Counts) -> Way:
     return _two_level(count, plan, handed, np.zeros((nodes, local), np.int64), 0)
 
 
-def _ours(count: _Counts, slice_rows: int) -> Way:
+def _ours(count: Counts, slice_rows: int) -> Way:
     """Rails pull, send in slices of one size for all pairs, and forwarders serve each rank once."""
     nodes, local = count.nodes, count.local
     plan = rails.balanced(count.crossing)
@@ -264,7 +264,7 @@ def _ours(count: _Counts, slice_rows: int) -> Way:
     return _two_level(count, plan, handed, plan.pulled, slices * slice_rows)
 
 
-def _two_level(count: _Counts, plan: rails.Rails, handed: Array, pulled: Array, buffer: int) -> Way:
+def _two_level(count: Counts, plan: rails.Rails, handed: Array, pulled: Array, buffer: int) -> Way:
     """`buffer`: rows that each rail sends to each other node, or 0 for as many as there are."""
     nodes, local = count.nodes, count.local
     egress, ingress = plan.egress.reshape(-1), plan.ingress.reshape(-1)
