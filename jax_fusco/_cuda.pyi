@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import TypedDict
 
 from jax_fusco._ffi import Handlers, TypeRegistration
@@ -16,10 +17,32 @@ def plan_scratch_bytes(
 ) -> int:
     """Bytes of device memory that planning such a shuffle needs beside its results."""
 
+def connect(
+    process: int,
+    num_processes: int,
+    domain: Callable[[], str],
+    put: Callable[[str, str], None],
+    get: Callable[[str, float], str | None],
+    nccl: str,
+) -> None:
+    """Tells the engine once through what the job's processes find each other."""
+
+def exchange(value: str) -> list[str]:
+    """Every process's value, through the store; as the engine does, without a device."""
+
+class Nccl(TypedDict):
+    version: int
+    error: str
+
+def nccl(path: str) -> Nccl:
+    """The NCCL at a path, or the system's: 10000 * major + 100 * minor + patch (0: none), and why
+    windows cannot work with it (empty: they can)."""
+
 class Device(TypedDict):
     name: str
     compute_capability: tuple[int, int]
     memory_bytes: int
+    shares: bool
     reaches: list[bool]
 
 class Machine(TypedDict):

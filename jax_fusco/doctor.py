@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jax_fusco import ffi
+from jax_fusco.store import nccl_path
 
 GOOD, MISSING, BROKEN = "ok", "missing", "broken"
 
@@ -119,6 +120,8 @@ def _cuda_engine() -> Iterator[Finding]:
     else:
         yield Finding("JAX on GPUs", f"{plugin[0]} {plugin[1]}")
     yield from _gpus(machine)
+    if machine["driver"] and machine["devices"]:
+        yield _several_processes(machine, module.nccl(nccl_path()))
 
 
 def _gpus(machine: Any) -> Iterator[Finding]:
@@ -161,7 +164,19 @@ def _gpus(machine: Any) -> Iterator[Finding]:
         )
     elif len(devices) > 1:
         yield Finding("peer access", "between all GPUs")
-    yield Finding("several processes", "'fused' serves the GPUs of one process; else 'xla'")
+
+
+def _several_processes(machine: Any, nccl: Any) -> Finding:
+    what = "several processes"
+    shares = all(device["shares"] for device in machine["devices"])
+    here = "on this host by CUDA IPC" if shares else "not on this host (its GPUs have no CUDA IPC)"
+    version = nccl["version"]
+    name = f"NCCL {version // 10000}.{version // 100 % 100}.{version % 100}"
+    if not nccl["error"]:
+        return Finding(what, f"{here}; across hosts of one NVLink domain by windows of {name}")
+    problem = f"{name} is too old" if version else "there is no NCCL"
+    remedy = "pip install --upgrade nvidia-nccl-cu13 (2.29.2 or newer)"
+    return Finding(what, f"{here}; not across hosts: {problem}", MISSING, remedy)
 
 
 def examine() -> list[Finding]:

@@ -26,6 +26,7 @@ from jax_fusco.mesh import (
     struct,
     varying_axes,
 )
+from jax_fusco.store import job_store
 
 MAX_ARRAYS = 16  # that one call moves: as many as ranks on GPUs can tell each other of
 
@@ -114,6 +115,8 @@ def register() -> None:
             jax.ffi.register_ffi_type(type_name, registration, platform=name)
         for target, stages in module.registrations():
             jax.ffi.register_ffi_target(target, stages, platform=name)
+    if "CUDA" in modules and (store := job_store()) is not None:
+        modules["CUDA"].connect(**vars(store))
 
 
 def _call(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import run_python
+from pairs import run_pair
 
 _COMMON = """
 import sys
@@ -98,39 +95,18 @@ except jax.errors.JaxRuntimeError as error:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
-def run_both(code: str) -> list[subprocess.CompletedProcess[str]]:
-    port = str(free_port())
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    with ThreadPoolExecutor(2) as pool:
-        done = list(
-            pool.map(
-                lambda process: run_python(
-                    _COMMON + code, arguments=[str(process), port], env=env, timeout=200
-                ),
-                range(2),
-            )
-        )
-    for process in done:
-        assert process.returncode == 0, process.stderr
-    return done
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo needs a POSIX system")
 class TestTwoProcesses:
     def test_an_expert_group_across_processes(self):
-        run_both(_ACROSS)
+        run_pair(_COMMON + _ACROSS)
 
     def test_expert_groups_within_a_process(self):
-        run_both(_WITHIN)
+        run_pair(_COMMON + _WITHIN)
 
     def test_the_engine_refuses_a_group_across_processes(self):
-        for process, missing in zip(run_both(_REFUSED), ("ranks 2, 3", "ranks 0, 1"), strict=True):
+        for process, missing in zip(
+            run_pair(_COMMON + _REFUSED), ("ranks 2, 3", "ranks 0, 1"), strict=True
+        ):
             assert "REFUSED implementation: got 'fused', need " in process.stdout
             assert f"{missing} did not come within 2" in process.stderr
             assert "TIMED OUT" in process.stdout

@@ -10,11 +10,12 @@ from jax_fusco import doctor, ffi
 from jax_fusco.cli import main
 
 
-def gpu(name="H100", capability=(9, 0), reaches=(True,)):
+def gpu(name="H100", capability=(9, 0), reaches=(True,), shares=True):
     return {
         "name": name,
         "compute_capability": capability,
         "memory_bytes": 80 << 30,
+        "shares": shares,
         "reaches": list(reaches),
     }
 
@@ -23,9 +24,11 @@ def gpu(name="H100", capability=(9, 0), reaches=(True,)):
 def cuda(monkeypatch):
     """Sets what the CUDA engine says of the machine."""
 
-    def set_machine(driver=13000, runtime=13000, error="", devices=()):
+    def set_machine(driver=13000, runtime=13000, error="", devices=(), nccl=(23203, "")):
         machine = {"driver": driver, "runtime": runtime, "error": error, "devices": list(devices)}
-        module = types.SimpleNamespace(machine=lambda: machine)
+        module = types.SimpleNamespace(
+            machine=lambda: machine, nccl=lambda path: {"version": nccl[0], "error": nccl[1]}
+        )
         monkeypatch.setattr(ffi, "cuda_module", lambda: module)
 
     return set_machine
@@ -97,6 +100,23 @@ def test_lists_gpus_and_pairs_that_cannot_reach_each_other(cuda):
     assert "GPUs 0 and 1" in found["peer access"].found
     cuda(devices=[gpu(reaches=(True, True)), gpu(reaches=(True, True))])
     assert findings()["peer access"].verdict == doctor.GOOD
+
+
+@pytest.mark.parametrize(
+    ("nccl", "found", "verdict"),
+    [
+        ((23203, ""), "across hosts of one NVLink domain by windows of NCCL 2.32.3", "ok"),
+        ((22703, "too old"), "not across hosts: NCCL 2.27.3 is too old", "missing"),
+        ((0, "none"), "not across hosts: there is no NCCL", "missing"),
+    ],
+)
+def test_says_how_several_processes_can_meet(cuda, nccl, found, verdict):
+    cuda(devices=[gpu()], nccl=nccl)
+    finding = findings()["several processes"]
+    assert finding.found == f"on this host by CUDA IPC; {found}"
+    assert finding.verdict == verdict
+    cuda(devices=[gpu(shares=False)], nccl=nccl)
+    assert findings()["several processes"].found.startswith("not on this host")
 
 
 def test_an_old_gpu_is_broken(cuda):

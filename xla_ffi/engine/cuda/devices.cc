@@ -28,6 +28,9 @@ Machine DescribeMachine() {
     device.major = properties.major;
     device.minor = properties.minor;
     device.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
+    int shares = 0;
+    device.shares = cudaDeviceGetAttribute(&shares, cudaDevAttrIpcEventSupport, i) == cudaSuccess &&
+                    shares != 0;
     for (int peer = 0; peer < count; ++peer) {
       int reaches = peer == i;
       if (peer != i && cudaDeviceCanAccessPeer(&reaches, i, peer) != cudaSuccess) reaches = 0;

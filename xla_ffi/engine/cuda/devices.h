@@ -13,6 +13,7 @@ struct Device {
   int major = 0;  // compute capability
   int minor = 0;
   int64_t memory_bytes = 0;
+  bool shares = false;        // memory with other processes, by CUDA IPC
   std::vector<bool> reaches;  // by device: whether its memory can be read from here
 };
 

@@ -137,6 +137,12 @@ void Connect(Store store) {
 }
 const Store* Connected() { return connected; }
 
+Status Exchange(const Store& store, const string& value, vector<string>* values) {
+  vector<int> all;
+  for (int p = 0; p < store.num_processes; ++p) all.push_back(p);
+  return GatherFrom(store, all, "exchange", "an exchange", value, values);
+}
+
 Status Processes::Meet(const Store& store, const string& host, const vector<int>& ordinals,
                        std::unique_ptr<Processes>* processes) {
   std::unique_ptr<Processes> made(new Processes);

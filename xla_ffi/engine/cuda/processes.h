@@ -101,6 +101,8 @@ class Processes {
 void Connect(Store store);
 // Null where the process is alone.
 const Store* Connected();
+// Everybody's value, once: for tests of a store.
+Status Exchange(const Store& store, const std::string& value, std::vector<std::string>* values);
 
 }  // namespace jax_fusco::cuda
 
