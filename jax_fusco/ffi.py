@@ -104,7 +104,7 @@ def register() -> None:
     Raises:
       ImportError: the compiled module is missing, or was built for a newer jaxlib.
     """
-    modules = {"cpu": cpu_module()}
+    modules: dict[str, Any] = {"cpu": cpu_module()}
     if cuda_module() is not None:
         modules["CUDA"] = cuda_module()
     # Types must be known before the handlers that use them, and what is registered before the
