@@ -124,7 +124,7 @@ def draw(found: Ledger, path: pathlib.Path) -> bool:
     scale = found.row_bytes / 1e9
     for axis, ways in zip(axes, (list(WAYS), ["flat", "fusco", "ours"]), strict=True):
         left = np.zeros(len(ways))
-        for link in (*LINKS, "padding"):
+        for link in ("wire", "padding", "node", "rank"):
             label = f"{LINKS['wire']}, padding" if link == "padding" else LINKS[link]
             rows = [
                 found.ways[n].padding if link == "padding" else found.ways[n].rows[link]

@@ -54,7 +54,7 @@ class Rails:
         return self.egress - own
 
 
-def balanced_rail(position: Array, source: int, destination: int, ranks: int) -> Array:
+def balanced_rail(position: Array, source: int, destination: Array | int, ranks: int) -> Array:
     """The rail of a row, by its place among the rows of node `source` for node `destination`.
 
     Rows are counted in the order of owner, then token. On its rail the row is number
