@@ -104,9 +104,9 @@ def register() -> None:
     Raises:
       ImportError: the compiled module is missing, or was built for a newer jaxlib.
     """
-    modules: dict[str, Any] = {"cpu": cpu_module()}
-    if cuda_module() is not None:
-        modules["CUDA"] = cuda_module()
+    modules = {"cpu": cpu_module()}
+    if (cuda := cuda_module()) is not None:
+        modules["CUDA"] = cuda
     # Types must be known before the handlers that use them, and what is registered before the
     # backend is up reaches it in the wrong order. The start loads the plugins of all platforms.
     jax.local_devices(backend="cpu")
@@ -115,8 +115,8 @@ def register() -> None:
             jax.ffi.register_ffi_type(type_name, registration, platform=name)
         for target, stages in module.registrations():
             jax.ffi.register_ffi_target(target, stages, platform=name)
-    if "CUDA" in modules and (store := job_store()) is not None:
-        modules["CUDA"].connect(**vars(store))
+    if cuda is not None and (store := job_store()) is not None:
+        cuda.connect(**vars(store))
 
 
 def _call(
