@@ -13,7 +13,7 @@ CUDA ?= OFF
 
 BIN := $(VENV)/bin
 NATIVE := $(shell find CMakeLists.txt cmake xla_ffi -type f)
-NATIVE_TESTS := $(shell find tests/native -type f)
+NATIVE_TESTS := $(shell find tests/native tests/gpu benchmarks/gpu -type f)
 FORMATTED := $(filter %.h %.cc %.cu,$(NATIVE) $(NATIVE_TESTS))
 
 .PHONY: help test native native-cuda pytest protocol cuda levanter train bench lint format types bazel wheel clean
@@ -71,7 +71,7 @@ protocol: $(VENV)/.extra-test  ## the handshake of GPUs, in all interleavings; w
 cuda: CUDA := ON
 cuda: $(VENV)/.extra-test $(VENV)/.group-native  ## wants nvcc, VENV=.venv-cuda JAX='jax[cuda13]' and Python 3.12
 	$(BIN)/cmake -S . -B _skbuild/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_CUDA=ON --log-level=WARNING
+	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_CUDA=ON -DJAX_FUSCO_GPU_TESTS=ON --log-level=WARNING
 	$(BIN)/cmake --build _skbuild/cuda --clean-first > _skbuild/cuda.log || (tail -n 100 _skbuild/cuda.log; false)
 	$(BIN)/python tools/ptxas_report.py _skbuild/cuda.log
 	$(BIN)/python -m pytest tests/xla_gpu
