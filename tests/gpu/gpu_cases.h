@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "tests/gpu/gpu_memory.h"
@@ -20,17 +21,19 @@ namespace jax_fusco::testing {
 
 // Few and small cases, and several ranks come one after another.
 inline bool small = false;
+// Ranks come one after another: a bad index of one is nothing to the others.
+inline bool apart = false;
 
 // Ranks that have met often, in the same places: calls follow calls. By their number.
-inline std::map<int64_t, std::unique_ptr<GpuRanks>>& Crews() {
-  static std::map<int64_t, std::unique_ptr<GpuRanks>> crews;
+using Crews = std::map<std::pair<int64_t, bool>, std::unique_ptr<GpuRanks>>;
+inline Crews& AllCrews() {
+  static Crews crews;
   return crews;
 }
 inline GpuRanks& Crew(int64_t count) {
-  std::unique_ptr<GpuRanks>& crew = Crews()[count];
-  if (crew == nullptr) {
-    crew = std::make_unique<GpuRanks>(static_cast<size_t>(count), small && count > 1);
-  }
+  const bool by_hand = apart || (small && count > 1);
+  std::unique_ptr<GpuRanks>& crew = AllCrews()[{count, by_hand}];
+  if (crew == nullptr) crew = std::make_unique<GpuRanks>(static_cast<size_t>(count), by_hand);
   return *crew;
 }
 inline std::vector<int64_t> Counts() {
