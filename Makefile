@@ -74,7 +74,7 @@ cuda: $(VENV)/.extra-test $(VENV)/.group-native  ## wants nvcc, VENV=.venv-cuda 
 	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_CUDA=ON -DJAX_FUSCO_GPU_TESTS=ON --log-level=WARNING
 	$(BIN)/cmake --build _skbuild/cuda --clean-first > _skbuild/cuda.log || (tail -n 100 _skbuild/cuda.log; false)
 	$(BIN)/python tools/ptxas_report.py _skbuild/cuda.log
-	$(BIN)/python -m pytest tests/xla_gpu
+	$(BIN)/python -m pytest tests/xla_gpu tests/multiprocess/test_store.py
 	$(BIN)/jax-fusco doctor
 
 levanter: $(VENV)/.package  ## Levanter's own MoE over jax_fusco; wants VENV=.venv-levanter and Python 3.12
