@@ -77,6 +77,7 @@ class Clock {
 
   // One run, in microseconds.
   double Time(const Contestant& contestant, bool cold) {
+    MUST(cudaDeviceSynchronize());  // what was uploaded is there
     *open_ = 0;
     if (cold) {
       MUST(cudaMemsetAsync(others_.data(), ++turn_, static_cast<size_t>(others_.size()), main_));

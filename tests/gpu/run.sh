@@ -107,7 +107,7 @@ picture() {
 STEPS="
 machine 30
 build 200
-kernels 110
+kernels 130
 handshake 45
 modules 120
 doctor 30

@@ -30,7 +30,7 @@ inline double Fma(double a, double b, double c, Float sum) {
 // Elements at an address aligned to them, or `offset` elements behind a multiple of 16 bytes. Long
 // arrays repeat what was drawn.
 inline Memory Floats(int64_t count, Float type, int64_t offset, bool specials, Random& random) {
-  constexpr int64_t kDrawn = 100003;  // a prime: rows differ
+  constexpr int64_t kDrawn = 20011;  // a prime: rows differ
   const int64_t size = SizeOf(type);
   Memory memory(count * size, offset * size);
   const Bytes values = RandomFloats(std::min(count, kDrawn), type, specials, random);
