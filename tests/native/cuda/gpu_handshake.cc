@@ -173,7 +173,7 @@ void DevicesAreFound() {
   CHECK_EQ(cuda::DevicesInUse(&in_use).message, "");
   CHECK(in_use == std::vector<int>{0});  // main made a context on the first GPU only
   Arena* arena = nullptr;
-  CHECK_EQ(Arena::Get(&arena).message, "");
+  CHECK_EQ(Arena::Get(1, &arena).message, "");
 }
 
 void RunsWork() {
