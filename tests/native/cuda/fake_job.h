@@ -121,6 +121,8 @@ struct FakeNccl {
 // What a process of the job knows, and a program of shuffles on its devices.
 class Job {
  public:
+  static constexpr int kMaxWords = 3 << 18;  // more than memory is rounded up by
+
   Job(const std::string& folder, int process, int num_processes, int num_devices)
       : process(process), store(folder), streams(static_cast<size_t>(num_devices)) {
     FakeMachine& machine = FakeMachine::The();
@@ -141,7 +143,7 @@ class Job {
     cuda::Connect(connected);
     for (int d = 0; d < num_devices; ++d) {
       const int device = process * num_devices + d;
-      devices.push_back({device, 0, std::vector<int>(1000), 0, -1});
+      devices.push_back({device, 0, std::vector<int>(kMaxWords), device, -1});
     }
   }
   ~Job() { Wait(); }
@@ -171,7 +173,7 @@ class Job {
   }
   // The run works, and everybody has read what its peers have written for it.
   void CheckRunWorks(const Program& program, int64_t run) {
-    Fill(static_cast<int>(run));
+    Fill(++checks_);
     CHECK_EQ(Run(program, run).message, "");
     CheckAll(1);
   }
@@ -229,9 +231,11 @@ class Job {
   std::vector<FakeStream> streams;
 
  private:
+  int checks_ = 0;
+
   cuda::BeginArgs Args(const Program& program, int64_t run, size_t d) {
     Device& one = devices[d];
-    one.copy_of_rank = one.rank;
+    if (one.copy_of_rank != one.rank) one.copy_of_rank = one.rank;  // runs may be under way
     cuda::BeginArgs args;
     args.run = run;
     args.rank = &one.rank;
