@@ -341,16 +341,23 @@ def _why_not(name: str, axis: Axis) -> str | None:
     if axis.names and not mesh.is_mesh_axis(axis):
         return "need a mesh axis of jax.shard_map for 'fused', use 'xla' under jax.vmap"
     if mesh.platform() in mesh.GPU_PLATFORMS:
-        if ffi.cuda_module() is None:
+        cuda = ffi.cuda_module()
+        if cuda is None:
             return (
                 "need a build with CUDA for 'fused' on GPUs (nvcc was not found when jax_fusco was "
                 "installed), use 'xla'"
+            )
+        if axis.size > cuda.max_ranks:
+            return (
+                f"need at most {cuda.max_ranks} ranks for 'fused' on GPUs (got {axis.size}), "
+                "use 'xla'"
             )
         return None
     if mesh.platform() not in (None, "cpu"):
         return f"need CPU devices or NVIDIA GPUs for 'fused' (got {mesh.platform()}), use 'xla'"
     # A group that reaches into other processes is only seen here where it must; else it times out.
-    if axis.size > jax.local_device_count(backend="cpu"):
+    # Where the platform is not known, nor is what a group may reach.
+    if mesh.platform() == "cpu" and axis.size > jax.local_device_count(backend="cpu"):
         return (
             f"need all {axis.size} ranks of a group in one process for 'fused' "
             f"(this one has {jax.local_device_count(backend='cpu')} devices), use 'xla'"

@@ -6,6 +6,7 @@ The only module that touches compiled code. docs/architecture.md has the contrac
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import pathlib
 import re
@@ -72,10 +73,14 @@ def cpu_module() -> Any:
 def cuda_module() -> Any | None:
     """The engine of NVIDIA GPUs, None where this build has none."""
     try:
-        from jax_fusco import _cuda
-    except ImportError:
+        module = importlib.import_module("jax_fusco._cuda")
+    except ModuleNotFoundError:
         return None
-    return _checked(_cuda)
+    except ImportError as error:
+        raise ImportError(
+            f"jax_fusco._cuda cannot be loaded ({error}): reinstall jax_fusco with pip"
+        ) from error
+    return _checked(module)
 
 
 @functools.cache
@@ -96,7 +101,7 @@ def may_run_on_gpu() -> bool:
 
 @functools.cache
 def register() -> None:
-    """Registers every custom call now, starting the CPU backend if it is not up.
+    """Registers every custom call now, starting JAX's backends if they are not up.
 
     Calls register themselves when they are traced. Programs that were exported or serialised
     elsewhere are never traced here: call this before running them.
@@ -108,8 +113,9 @@ def register() -> None:
     if (cuda := cuda_module()) is not None:
         modules["CUDA"] = cuda
     # Types must be known before the handlers that use them, and what is registered before the
-    # backend is up reaches it in the wrong order. The start loads the plugins of all platforms.
-    jax.local_devices(backend="cpu")
+    # backend is up reaches it in the wrong order. The start loads the plugins of all platforms, and
+    # asks for no platform that JAX_PLATFORMS may exclude.
+    jax.devices()
     for name, module in modules.items():
         for type_name, registration in module.types():
             jax.ffi.register_ffi_type(type_name, registration, platform=name)
@@ -183,6 +189,11 @@ def plan(
         (chain_rows,),
     ]
     module = cuda_module() if may_run_on_gpu() else None
+    if module is not None and platform() in GPU_PLATFORMS and num_experts > module.max_experts:
+        raise ValueError(
+            f"num_experts: got {num_experts}, need at most {module.max_experts} for 'fused' on "
+            "GPUs, use 'xla'"
+        )
     shape = (axis.size, *expert_ids.shape, num_experts, capacity, alignment)
     scratch = 0 if module is None else module.plan_scratch_bytes(*shape)
     results = [*((shape, jnp.int32) for shape in shapes), ((scratch,), jnp.uint8)]

@@ -94,3 +94,49 @@ def test_headers_that_do_not_fit_are_an_error_that_says_what_to_do(monkeypatch, 
             ffi.cpu_module()
     finally:
         ffi.cpu_module.cache_clear()
+
+
+def test_more_ranks_or_experts_than_gpus_can_take_are_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    from jax_fusco import ffi, mesh
+
+    limits = SimpleNamespace(max_ranks=4, max_experts=8, plan_scratch_bytes=lambda *_: 0)
+    monkeypatch.setattr(ffi, "cuda_module", lambda: limits)
+    monkeypatch.setattr(ffi, "_cuda_plugin", lambda: True)
+    for module in (mesh, ffi):
+        monkeypatch.setattr(module, "platform", lambda: "cuda")
+    spec = P("expert")
+
+    def trace(ranks: int, num_experts: int) -> None:
+        run = slots("fused", num_experts=num_experts)
+        jax.eval_shape(
+            sharded(run, make_mesh(ranks), in_specs=spec, out_specs=spec),
+            jax.ShapeDtypeStruct((ranks, 3, 1), jnp.int32),
+        )
+
+    trace(4, 8)
+    with pytest.raises(ValueError, match="'fused', need at most 4 ranks for 'fused' on GPUs "):
+        trace(8, 8)
+    with pytest.raises(ValueError, match="num_experts: got 12, need at most 8 for 'fused' on GPUs"):
+        trace(4, 12)
+
+
+def test_a_cuda_module_that_does_not_load_is_an_error_and_a_missing_one_is_not(monkeypatch):
+    from jax_fusco import ffi
+
+    def load(error):
+        def refuse(name):
+            assert name == "jax_fusco._cuda"
+            raise error
+
+        monkeypatch.setattr(ffi.importlib, "import_module", refuse)
+        ffi.cuda_module.cache_clear()
+        return ffi.cuda_module()
+
+    try:
+        assert load(ModuleNotFoundError("none")) is None
+        with pytest.raises(ImportError, match=r"_cuda cannot be loaded \(libgone.so is missing\)"):
+            load(ImportError("libgone.so is missing"))
+    finally:
+        ffi.cuda_module.cache_clear()
