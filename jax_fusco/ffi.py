@@ -210,17 +210,28 @@ def gather_rows(
     axis: Axis,
     fanout: int,
     zero_tail: bool,
+    into: tuple[jax.Array, ...] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero (or untouched) where negative."""
+    """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero (or untouched) where negative.
+
+    The results take over the memory of `into`, arrays of their shapes and dtypes, where given:
+    untouched rows (`source` is -2, `zero_tail` is False) are those of `into`, bit for bit.
+    """
+    assert into is None or (len(into) == len(rows) and not zero_tail)
     if chain is None:
         chain = jnp.zeros(0, jnp.int32)
     attributes = {"fanout": fanout, "zero_tail": int(zero_tail)}
     moved: list[jax.Array] = []
     for first in range(0, len(rows), MAX_ARRAYS):
         some = rows[first : first + MAX_ARRAYS]
+        taken = () if into is None else into[first : first + MAX_ARRAYS]
         results = [(source.shape + x.shape[1:], x.dtype) for x in some]
-        operands = (source_rank, source, chain, *some)
-        moved += _call("gather_rows", axis, results, *operands, attributes=attributes)
+        operands = (source_rank, source, chain, *some, *taken)
+        # Operands are rank, group and these.
+        aliases = {2 + len(operands) - len(taken) + i: i for i in range(len(taken))}
+        moved += _call(
+            "gather_rows", axis, results, *operands, attributes=attributes, aliases=aliases
+        )
     return tuple(moved)
 
 

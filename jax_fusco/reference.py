@@ -167,20 +167,31 @@ def gather_rows(
     axis: Axis,
     fanout: int,
     zero_tail: bool,
+    into: tuple[jax.Array, ...] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero where `source[m]` is negative."""
+    """`out[m] = rows@source_rank[m][source[m] // fanout]`, zero where `source[m]` is negative.
+
+    With `into`, arrays of the results' shapes and dtypes, rows of source -2 are those of `into`.
+    """
+    assert into is None or (len(into) == len(rows) and not zero_tail)
     # Zeros are as good as anything in a tail that nobody reads.
     del chain, zero_tail
 
-    def gather(x: jax.Array) -> jax.Array:
+    def gather(x: jax.Array, old: jax.Array | None) -> jax.Array:
         words = axis.all_gather(_to_words(x))
+        kept = None if old is None else _to_words(old)
         if not words.size:
-            return vary(jnp.zeros(source.shape + x.shape[1:], x.dtype), varying_axes(words, source))
-        row = jnp.maximum(source, 0) // fanout
-        picked = words[jnp.maximum(source_rank, 0), row]
-        return _from_words(_mask(source >= 0, picked), x.dtype)
+            shape = source.shape + words.shape[2:]
+            picked = vary(jnp.zeros(shape, words.dtype), varying_axes(words, source))
+        else:
+            row = jnp.maximum(source, 0) // fanout
+            picked = _mask(source >= 0, words[jnp.maximum(source_rank, 0), row])
+        if kept is not None:
+            tail = (source == -2).reshape(source.shape + (1,) * (kept.ndim - 1))
+            picked = jnp.where(tail, kept, picked)
+        return _from_words(picked, x.dtype)
 
-    return tuple(map(gather, rows))
+    return tuple(map(gather, rows, into or [None] * len(rows)))
 
 
 def gather_rows_weighted(

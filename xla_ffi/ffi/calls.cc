@@ -137,8 +137,11 @@ Status Signature<GatherRowsCall>::Read(int64_t /*num_ranks*/, Buffer source_rank
   checks.Require(IsInts(chain, {0}) || IsInts(chain, {call->num_rows}),
                  "chain must be int32 [M] or [0]");
   checks.Require(fanout >= 1, "fanout must be at least 1");
-  checks.Require(in.size() == out.size(), "there must be one result for each rows operand");
-  for (size_t i = 0; checks.ok() && i < in.size(); ++i) {
+  const bool takes_over = in.size() > out.size();
+  checks.Require(in.size() == out.size() * (takes_over ? 2 : 1),
+                 "there must be one result for each rows operand, or for each with its into");
+  checks.Require(!takes_over || zero_tail == 0, "into needs zero_tail to be 0");
+  for (size_t i = 0; checks.ok() && i < out.size(); ++i) {
     const auto from = in.get<Buffer>(i);
     auto to = out.get<Buffer>(i);
     if (!checks.Require(from.has_value() && to.has_value(), "operands must be arrays")) break;
@@ -147,6 +150,15 @@ Status Signature<GatherRowsCall>::Read(int64_t /*num_ranks*/, Buffer source_rank
                    "each result must be [M, ...] with the rows and type of its operand");
     call->in.push_back(ToRows(*from));
     call->out.push_back(ToRows(**to));
+    if (!takes_over) continue;
+    const auto into = in.get<Buffer>(out.size() + i);
+    if (!checks.Require(into.has_value(), "operands must be arrays")) break;
+    checks.Require(into->element_type() == (*to)->element_type() && SameRow(*into, **to) &&
+                       Dim(*into, 0) == call->num_rows,
+                   "each into must have the shape and type of its result");
+    const Rows& result = call->out.back();
+    checks.Require(result.count * result.bytes == 0 || into->untyped_data() == result.data,
+                   "each result must share the memory of its into");
   }
   if (!checks.ok()) return checks.status();
   call->source_rank = Ints(source_rank);

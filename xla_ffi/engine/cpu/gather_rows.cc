@@ -16,7 +16,7 @@ void GatherChunk(const std::vector<const GatherRowsJob*>& jobs, const Chunk& chu
   for (int64_t m = chunk.first; m < chunk.last; ++m) {
     const int64_t source = job.source[m];
     if (source == kTail && !job.zero_tail) {
-      copy(out.At(m - n), from, n, out.bytes);
+      if (n > 0) copy(out.At(m - n), from, n, out.bytes);
       n = 0;
       continue;
     }
