@@ -5,18 +5,15 @@ from __future__ import annotations
 import sys
 
 import pytest
-from pairs import run_pair
+from launch import run
 
 _COMMON = """
-import sys
 import jax, numpy as np
 import oracle, routings
 from helpers import P, assert_same_bits, sharded
 import jax_fusco as jf
 
-process, port = int(sys.argv[1]), sys.argv[2]
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{port}", 2, process)
+join()
 assert jax.process_count() == 2 and len(jax.devices()) == 8 and len(jax.local_devices()) == 4
 
 T, K, D, EXPERTS = 5, 2, 3, 16
@@ -98,14 +95,14 @@ except jax.errors.JaxRuntimeError as error:
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo needs a POSIX system")
 class TestTwoProcesses:
     def test_an_expert_group_across_processes(self):
-        run_pair(_COMMON + _ACROSS)
+        run(_COMMON + _ACROSS)
 
     def test_expert_groups_within_a_process(self):
-        run_pair(_COMMON + _WITHIN)
+        run(_COMMON + _WITHIN)
 
     def test_the_engine_refuses_a_group_across_processes(self):
         for process, missing in zip(
-            run_pair(_COMMON + _REFUSED), ("ranks 2, 3", "ranks 0, 1"), strict=True
+            run(_COMMON + _REFUSED), ("ranks 2, 3", "ranks 0, 1"), strict=True
         ):
             assert "REFUSED implementation: got 'fused', need " in process.stdout
             assert f"{missing} did not come within 2" in process.stderr

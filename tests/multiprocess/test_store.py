@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from pairs import run_pair
+from launch import run
 
 from jax_fusco import ffi
 from jax_fusco.store import job_store
 
 _COMMON = """
-import os, sys, time
-import jax
+import os, time
 from jax_fusco import ffi
 from jax_fusco.store import job_store
 
-process, port = int(sys.argv[1]), sys.argv[2]
-jax.distributed.initialize(f"localhost:{port}", 2, process)
+process = join()
 """
 
 _STORE = """
@@ -52,16 +50,16 @@ if process == 0:
 
 
 def test_processes_talk_through_the_store():
-    run_pair(_COMMON + _STORE)
+    run(_COMMON + _STORE)
 
 
 @pytest.mark.skipif(ffi.cuda_module() is None, reason="this build has no engine for GPUs")
 class TestEngine:
     def test_exchanges_values(self):
-        run_pair(_COMMON + _ENGINE)
+        run(_COMMON + _ENGINE)
 
     def test_names_who_is_missing(self):
-        first, _ = run_pair(_COMMON + _MISSING)
+        first, _ = run(_COMMON + _MISSING)
         assert "MISSING jax_fusco: process 1 did not come to an exchange within 1 s" in first.stdout
 
 
