@@ -36,7 +36,7 @@ def random_arrays(rng, ranks, count, rows):
     for dtype, shape in rows:
         dtype = np.dtype(dtype)
         bits = rng.integers(0, 120, (ranks, count, *shape, dtype.itemsize), np.uint8)
-        value = bits[..., 0] % 2 == 1 if dtype == bool else bits.view(dtype)[..., 0]
+        value = bits[..., 0] % 2 == 1 if dtype.kind == "b" else bits.view(dtype)[..., 0]
         arrays.append(value)
     return tuple(arrays)
 

@@ -202,19 +202,24 @@ void StreamRowsCopies() {
         const int64_t skipped = random.Int(0, 70);
         std::vector<Bytes> memory;
         std::vector<const void*> rows;
+        std::vector<size_t> places;
         Bytes expected(static_cast<size_t>(skipped), 'x');
         for (int64_t m = 0; m < n; ++m) {
           Bytes row(static_cast<size_t>(bytes + random.Int(0, 1)));
           for (char& byte : row) byte = static_cast<char>(random.Bits());
           if (random.OneIn(4)) row.assign(row.size(), '\0');
           const bool zero = std::count(row.begin(), row.end(), '\0') == bytes;
+          places.push_back(expected.size());
           expected.insert(expected.end(), row.end() - bytes, row.end());
+          if (random.OneIn(3)) expected.resize(expected.size() + random.Int(1, 80), 'x');
           memory.push_back(std::move(row));
           rows.push_back(zero ? nullptr : memory.back().data() + memory.back().size() - bytes);
         }
         Bytes result(expected.size() + 64, 'x');
         expected.resize(result.size(), 'x');
-        RowKernels::For(isa).stream_rows(result.data() + skipped, rows.data(), n, bytes);
+        std::vector<void*> to;
+        for (const size_t place : places) to.push_back(result.data() + place);
+        RowKernels::For(isa).stream_rows(to.data(), rows.data(), n, bytes);
         if (!CHECK(result == expected)) return;
       }
     }

@@ -65,8 +65,11 @@ void GatherRowsIsTheLiteralLoop() {
   const auto site = CallSite::Create("gather_rows");
   ForRandomCases(20, [&](Random& random, int64_t ranks) {
     Step step(random, ranks);
-    for (int32_t& source : step.plans[0].source) {
-      if (random.OneIn(9)) source = -2;  // not only past the last group
+    for (PlanArrays& plan : step.plans) {  // not only past the last group, few or most
+      const bool most = random.OneIn(3);
+      for (int32_t& source : plan.source) {
+        if (random.OneIn(9) != most) source = -2;
+      }
     }
     const int64_t fanout = random.OneIn(2) ? step.shape.k : 1;
     const int64_t count = step.shape.assignments() / fanout;

@@ -90,14 +90,13 @@ class FirstError {
   Status status_;
 };
 
-// Copies n rows to consecutive places; a null source is a row of zeros.
-inline void CopyRows(void* to, const void* const* from, int64_t n, int64_t bytes) {
+// Copies n rows, each to its place; a null source is a row of zeros.
+inline void CopyRows(void* const* to, const void* const* from, int64_t n, int64_t bytes) {
   for (int64_t m = 0; m < n; ++m) {
-    char* const row = static_cast<char*>(to) + m * bytes;
     if (from[m] == nullptr) {
-      std::memset(row, 0, static_cast<size_t>(bytes));
+      std::memset(to[m], 0, static_cast<size_t>(bytes));
     } else {
-      std::memcpy(row, from[m], static_cast<size_t>(bytes));
+      std::memcpy(to[m], from[m], static_cast<size_t>(bytes));
     }
   }
 }

@@ -12,15 +12,13 @@ void GatherChunk(const std::vector<const GatherRowsJob*>& jobs, const Chunk& chu
   const Rows& out = job.out[chunk.payload];
   constexpr int64_t kBatch = 128;
   const void* from[kBatch];
+  void* to[kBatch];
   int64_t n = 0;
   for (int64_t m = chunk.first; m < chunk.last; ++m) {
     const int64_t source = job.source[m];
-    if (source == kTail && !job.zero_tail) {
-      if (n > 0) copy(out.At(m - n), from, n, out.bytes);
-      n = 0;
-      continue;
-    }
+    if (source == kTail && !job.zero_tail) continue;
     from[n] = nullptr;
+    to[n] = out.At(m);
     if (source >= 0) {
       const GatherRowsJob* peer = PeerAt(jobs, job.source_rank[m]);
       const int64_t row = source / job.fanout;
@@ -30,11 +28,12 @@ void GatherChunk(const std::vector<const GatherRowsJob*>& jobs, const Chunk& chu
       }
       from[n] = peer->in[chunk.payload].At(row);
     }
-    if (++n == kBatch || m + 1 == chunk.last) {
-      copy(out.At(m + 1 - n), from, n, out.bytes);
+    if (++n == kBatch) {
+      copy(to, from, n, out.bytes);
       n = 0;
     }
   }
+  copy(to, from, n, out.bytes);
 }
 
 // A part of a tail that has to be zero.

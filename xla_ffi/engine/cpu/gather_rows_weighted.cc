@@ -35,6 +35,7 @@ void WeightedChunk(const std::vector<const GatherRowsWeightedJob*>& jobs, const 
   constexpr int64_t kBatch = 4;
   std::vector<char> buffer(static_cast<size_t>(kBatch * job.dy.bytes));
   const void* made[kBatch];
+  void* to[kBatch];
   int64_t n = 0;
   Source now, next;
   if (!next.Find(jobs, chunk.rank, chunk.first, error)) return;
@@ -43,6 +44,7 @@ void WeightedChunk(const std::vector<const GatherRowsWeightedJob*>& jobs, const 
     if (m + 1 < chunk.last && !next.Find(jobs, chunk.rank, m + 1, error)) return;
     Sum dot = 0;
     made[n] = nullptr;
+    to[n] = job.dy.At(m);
     if (now.peer != nullptr) {
       char* const dy = buffer.data() + n * job.dy.bytes;
       const Sum weight = WeightAt<Sum>(now.peer->weights, now.peer->weights_type, now.assignment);
@@ -51,7 +53,7 @@ void WeightedChunk(const std::vector<const GatherRowsWeightedJob*>& jobs, const 
     }
     static_cast<Sum*>(job.dots)[m] = dot;
     if (++n == kBatch || m + 1 == chunk.last) {
-      copy(job.dy.At(m + 1 - n), made, n, job.dy.bytes);
+      copy(to, made, n, job.dy.bytes);
       n = 0;
     }
   }

@@ -17,9 +17,9 @@ const char* IsaName(Isa isa);
 Isa BestIsa();
 
 struct RowKernels {
-  // Copies n rows to consecutive places past the caches, for results that are larger than them: a
+  // Copies n rows, each to its place, past the caches, for results that are larger than them: a
   // null source is a row of zeros. The next row is fetched while one is written.
-  using StreamRows = void (*)(void* to, const void* const* from, int64_t n, int64_t bytes);
+  using StreamRows = void (*)(void* const* to, const void* const* from, int64_t n, int64_t bytes);
   // out[i] = round(sum over j < n, ascending from +0, of weights[j] * rows[j][i]), each step one
   // fused multiply-add, for i < length. `weights` are of the type of the sum. `next` are n rows
   // that will probably be read soon.

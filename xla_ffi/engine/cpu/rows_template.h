@@ -56,9 +56,9 @@ void StreamRow(char* to, const char* from, int64_t bytes, const char* next) {
   std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
 }
 
-void StreamRows(void* to, const void* const* from, int64_t n, int64_t bytes) {
+void StreamRows(void* const* to, const void* const* from, int64_t n, int64_t bytes) {
   for (int64_t m = 0; m < n; ++m) {
-    StreamRow(static_cast<char*>(to) + m * bytes, static_cast<const char*>(from[m]), bytes,
+    StreamRow(static_cast<char*>(to[m]), static_cast<const char*>(from[m]), bytes,
               static_cast<const char*>(from[m + 1 < n ? m + 1 : m]));
   }
   Line::Fence();
