@@ -71,6 +71,42 @@ void GatherIsTheLiteralLoop() {
   }
 }
 
+// Rows that are left as they are, most of them and anywhere: several calls fill one result.
+void SlicesFillOneResult() {
+  constexpr int64_t kSlices = 9;
+  Random random(6);
+  const Way ways[] = {{3, false, 1, 0},    {16, false, 0, 0},  {272, false, 0, 0},
+                      {1041, false, 0, 0}, {1024, true, 0, 0}, {6160, true, 3, 0}};
+  for (const Way& way : ways) {
+    for (int64_t ranks : {1, 2, 4}) {
+      Gather gather(Shape(ranks, 60, 3, 190), way, random);
+      gather.chained = gather.zero_tail = false;
+      const auto plans = gather.ranks.plans;
+      std::vector<std::vector<int64_t>> slice_of(gather.ranks.size());
+      for (auto& slices : slice_of) {
+        for (int64_t m = 0; m < 190; ++m) slices.push_back(random.Int(0, kSlices));
+      }
+      for (int64_t slice = 0; slice <= kSlices; ++slice) {
+        for (size_t r = 0; r < plans.size(); ++r) {
+          Ints& source = gather.ranks.plans[r].source;
+          for (size_t m = 0; m < source.size(); ++m) {
+            source[m] = slice_of[r][m] == slice ? plans[r].source[m] : -2;
+          }
+        }
+        if (slice < kSlices) Run(&gather);  // the last is never moved
+      }
+      for (size_t r = 0; r < plans.size(); ++r) {
+        Ints& source = gather.ranks.plans[r].source;
+        for (size_t m = 0; m < source.size(); ++m) {
+          source[m] = slice_of[r][m] < kSlices ? plans[r].source[m] : -2;
+        }
+      }
+      gather.Check();
+      gather.ranks.CheckNoFailure();
+    }
+  }
+}
+
 // Many more pieces than lanes: every stage is used again and again.
 void BulkRingsTurn() {
   Random random(2);
@@ -145,6 +181,7 @@ int main(int argc, char** argv) {
   using namespace jax_fusco::testing;
   return RunTests(argc, argv,
                   {{"GatherIsTheLiteralLoop", GatherIsTheLiteralLoop},
+                   {"SlicesFillOneResult", SlicesFillOneResult},
                    {"BulkRingsTurn", BulkRingsTurn},
                    {"BadSources", BadSources},
                    {"BadChains", BadChains},

@@ -73,7 +73,7 @@ class BulkLane {
     Entry entry = Fetch(pieces);
     JAX_FUSCO_UNROLL
     for (int s = 0; s < kAhead; ++s) {
-      ring[s] = Start(pieces, entry, s);
+      ring[s] = Start(&pieces, &entry, s);
       pieces.Next();
       entry = Fetch(pieces);
     }
@@ -82,7 +82,7 @@ class BulkLane {
       for (int s = 0; s < kStages; ++s) {
         // The stage was last stored from kStages - kAhead commits ago.
         bulk_->template Stored<kStages - kAhead - 1>();
-        ring[(s + kAhead) % kStages] = Start(pieces, entry, (s + kAhead) % kStages);
+        ring[(s + kAhead) % kStages] = Start(&pieces, &entry, (s + kAhead) % kStages);
         pieces.Next();
         entry = Fetch(pieces);
         Write(ring[s], s);
@@ -99,15 +99,21 @@ class BulkLane {
     return pieces.any() ? EntryOf(sources_, pieces.row()) : Entry{0, kTail, 0};
   }
 
-  JAX_FUSCO_PROGRAM Piece Start(const Parts& pieces, const Entry& entry, int stage) {
+  // Starts the next piece. Rows that are left as they are take no stage: where there are many of
+  // them, too few pieces would be under way.
+  JAX_FUSCO_PROGRAM Piece Start(Parts* pieces, Entry* entry, int stage) {
+    while (!args_.zero_tail && entry->source == kTail && pieces->any()) {
+      pieces->Next();
+      *entry = Fetch(*pieces);
+    }
     Piece piece;
-    if (!pieces.any()) return piece;
+    if (!pieces->any()) return piece;
     piece.exists = true;
-    piece.row = pieces.row();
-    piece.offset = pieces.part() * shape_.piece;
+    piece.row = pieces->row();
+    piece.offset = pieces->part() * shape_.piece;
     const int64_t left = args_.row_bytes - piece.offset;
     piece.bytes = static_cast<int32_t>(left < shape_.piece ? left : shape_.piece);
-    piece.order = OrderOf(team_, sources_, table_, piece.row, entry, args_.zero_tail);
+    piece.order = OrderOf(team_, sources_, table_, piece.row, *entry, args_.zero_tail);
     piece.from = RowOf(args_, table_, piece.order);
     if (piece.from == nullptr) return piece;
     piece.from += piece.offset;
