@@ -4,30 +4,29 @@
 
 reads the Python standard library's own sources, trains for a few minutes on four CPU devices, and
 leaves in runs/moe_lm: metrics.jsonl, loss.png, experts.png, sample.txt and checkpoints. The same
-command goes on where an interrupted run stopped. docs/training.md describes it.
+command goes on where an interrupted run stopped. docs/training.md describes it, docs/launch.md how
+several processes train together.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import os
 import sys
 import time
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import click
-from moe_lm.arguments import check, parse_mesh
+from moe_lm.arguments import arrange, check, check_count, several_processes
 from moe_lm.data import Corpus, DataError, Windows, load_corpus, validation_batches
 from moe_lm.folder import check_same_run, prepare_folder
+from moe_lm.options import options as with_options
 
 START = time.monotonic()
 PROMPTS = ("import ", "def ", "class ", "    def __init__(self")
-COUNT = click.IntRange(min=1)
-SHARE = click.FloatRange(0.0, 1.0, max_open=True)
-POSITIVE = click.FloatRange(0.0, min_open=True)
-NOT_NEGATIVE = click.FloatRange(0.0)
 
 
 def keep_freed_memory() -> None:
@@ -76,31 +75,53 @@ def select(kind: Any, options: dict[str, Any]) -> Any:
 
 def run(options: dict[str, Any]) -> str | None:
     """Trains, then writes the sample and the pictures; returns the name of a signal that came."""
-    context, batch, folder = options["context"], options["batch"], options["output"]
+    axes, several = arrange(options), several_processes(options)
     corpus = load_corpus(options["data"])
-    windows = Windows(corpus.train, context, options["seed"])
-    validation = validation_batches(corpus.valid, context, batch, options["eval_batches"])
-    start_cpu_devices(options["devices"])
+    windows = Windows(corpus.train, options["context"], options["seed"])
+    start_cpu_devices(axes["expert"] if several else math.prod(axes.values()))
     if options["implementation"] == "fused":
         check_engine()
-    prepare_folder(folder, options["fresh"])
 
+    from moe_lm.processes import Processes, join
+
+    processes = join(options) if several else Processes()
+    if several:
+        check_count(processes.count, axes)
+    options["expert_axes"] = tuple(axes)[1:]
+    folder = options["output"]
+    facts = {"options": identity(options), "text": corpus.fingerprint}
+    with processes.watching(f"Start all again: the run goes on from what {folder} holds."):
+        if processes.first:
+            prepare_folder(folder, options["fresh"])
+        shared = json.loads(processes.share("facts", json.dumps(facts)))
+        check_same_run(shared, facts, "process 0", "give every process the same")
+        return train(options, axes, corpus, windows, facts, processes)
+
+
+def train(
+    options: dict[str, Any],
+    axes: dict[str, int],
+    corpus: Corpus,
+    windows: Windows,
+    facts: dict[str, Any],
+    processes: Any,
+) -> str | None:
+    """What `run` does once all processes are there."""
     import jax
     import numpy as np
-    from moe_lm import loop, report, sampling
+    from moe_lm import loop
     from moe_lm.checkpoint import Checkpoints
     from moe_lm.model import ModelConfig
     from moe_lm.training import TrainConfig, Trainer, make_mesh
 
+    context, batch, folder = options["context"], options["batch"], options["output"]
+    validation = validation_batches(corpus.valid, context, batch, options["eval_batches"])
     checkpoints = Checkpoints(folder / "checkpoints")
-    model_config, train_config = select(ModelConfig, options), select(TrainConfig, options)
-    facts = {"options": identity(options), "text": corpus.fingerprint}
     saved = checkpoints.read_run()
     if saved:
-        check_same_run(saved, facts, folder)
+        check_same_run(saved, facts, f"the run in {folder}")
 
-    data_size, expert_size = parse_mesh(options["mesh"], options["devices"])
-    trainer = Trainer(model_config, train_config, make_mesh(data_size, expert_size))
+    trainer = Trainer(select(ModelConfig, options), select(TrainConfig, options), make_mesh(axes))
     if saved:
         state = checkpoints.restore(trainer.abstract_state)
         key = np.array(saved["key"], np.uint32)
@@ -108,9 +129,9 @@ def run(options: dict[str, Any]) -> str | None:
     else:
         key = np.asarray(jax.random.key_data(jax.random.key(options["seed"])))
         progress = loop.Progress(trainer.initial_state(), 0, 0, key)
-    describe(corpus, trainer, progress, options)
+    processes.say(describe(corpus, trainer, progress, options, processes.count))
 
-    log = loop.MetricsLog(folder / "metrics.jsonl", progress.step)
+    log = loop.MetricsLog(folder / "metrics.jsonl", progress.step) if processes.first else None
     minutes = options["max_minutes"]
     config = loop.LoopConfig(
         steps=options["steps"],
@@ -121,20 +142,35 @@ def run(options: dict[str, Any]) -> str | None:
         deadline=START + 60 * minutes if minutes else None,
     )
     reason = loop.train(trainer, progress, windows, validation, checkpoints, log, config, facts)
-    log.close()
+    if log:
+        log.close()
     checkpoints.close()
     if reason:
-        click.echo(
+        processes.say(
             f"Stopped by {reason} at step {progress.step} of {config.steps}, which is saved: "
             "the same command goes on from there."
         )
     if reason and reason.startswith("SIG"):
         return reason
+    finish(options, trainer, progress, validation[0], processes)
+    return None
 
-    lines = loop.MetricsLog.read(folder / "metrics.jsonl")
-    title = f"{options['layers']} MoE layers, {options['experts']} experts, top {options['top_k']}"
-    for path in report.draw(lines, folder, batch * context, title):
-        click.echo(f"wrote {path}")
+
+def finish(
+    options: dict[str, Any], trainer: Any, progress: Any, batch: Any, processes: Any
+) -> None:
+    """Writes the routing of `batch` if asked for, the pictures, and a sample."""
+    from moe_lm import loop, report, routing, sampling
+
+    folder = options["output"]
+    if options["save_routing"]:
+        layer = (
+            options["layers"] - 1 if options["routing_layer"] is None else options["routing_layer"]
+        )
+        ids = trainer.routing(progress.state, batch, layer)
+        if processes.first:
+            routing.save(options["save_routing"], ids, options["experts"], layer, progress.step)
+        processes.say(f"wrote {options['save_routing']}: layer {layer}, {routing.describe(ids)}")
     texts = sampling.generate(
         trainer,
         progress.state,
@@ -143,10 +179,15 @@ def run(options: dict[str, Any]) -> str | None:
         temperature=options["temperature"],
         seed=options["seed"],
     )
+    if not processes.first:
+        return
+    lines = loop.MetricsLog.read(folder / "metrics.jsonl")
+    title = f"{options['layers']} MoE layers, {options['experts']} experts, top {options['top_k']}"
+    for path in report.draw(lines, folder, options["batch"] * options["context"], title):
+        click.echo(f"wrote {path}")
     sample = "\n\n----\n\n".join(texts) + "\n"
     (folder / "sample.txt").write_text(sample)
     click.echo(f"wrote {folder / 'sample.txt'}:\n\n{sample}")
-    return None
 
 
 def identity(options: dict[str, Any]) -> dict[str, Any]:
@@ -155,134 +196,47 @@ def identity(options: dict[str, Any]) -> dict[str, Any]:
     from moe_lm.training import TrainConfig
 
     values = {**asdict(select(ModelConfig, options)), **asdict(select(TrainConfig, options))}
-    return {name: values[name] for name in values if name not in ("steps", "implementation")}
+    free = ("steps", "implementation", "expert_axes")
+    return {name: values[name] for name in values if name not in free}
 
 
-def describe(corpus: Corpus, trainer: Any, progress: Any, options: dict[str, Any]) -> None:
-    """Prints what is about to be trained on what."""
+def describe(
+    corpus: Corpus, trainer: Any, progress: Any, options: dict[str, Any], processes: int
+) -> str:
+    """What is about to be trained on what."""
     import jax
     from flax import nnx
 
     model, _ = nnx.merge(trainer.graphdef, progress.state)
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
-    click.echo(
+    lines = [
         f"text: {corpus.name}, {corpus.num_files} files, {len(corpus.train) / 1e6:.1f} MB to train"
-        f" on and {len(corpus.valid) / 1e6:.2f} MB to validate\n"
+        f" on and {len(corpus.valid) / 1e6:.2f} MB to validate",
         f"model: {count / 1e6:.1f} M parameters, {options['layers']} layers, "
-        f"{options['experts']} experts of which {options['top_k']} a byte\n"
-        f"mesh: {mesh}, shuffle: {options['implementation'] or 'best available'}"
-    )
+        f"{options['experts']} experts of which {options['top_k']} a byte",
+        f"mesh: {mesh}, shuffle: {options['implementation'] or 'best available'}",
+    ]
+    if processes > 1:
+        lines.append(f"processes: {processes}")
     if progress.step:
-        click.echo(f"resuming from step {progress.step} of {options['steps']}")
+        lines.append(f"resuming from step {progress.step} of {options['steps']}")
+    return "\n".join(lines)
 
 
-CONTEXT = {"show_default": True, "max_content_width": 100}
-
-
-@click.command(context_settings=CONTEXT)
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="File or folder of text. [default: the Python standard library's sources]",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("runs/moe_lm"),
-    help="Folder for checkpoints, metrics, pictures, sample.",
-)
-@click.option("--fresh", is_flag=True, help="Forget what an earlier run left in the folder.")
-@click.option(
-    "--max-minutes",
-    type=NOT_NEGATIVE,
-    default=4.0,
-    help="Stop training, and save, this long after the start; 0 is no limit.",
-)
-@click.option("--devices", type=COUNT, default=4, help="CPU devices to make.")
-@click.option(
-    "--mesh", metavar="DATAxEXPERT", help="Their arrangement. [default: all along expert]"
-)
-@click.option(
-    "--implementation",
-    type=click.Choice(["fused", "xla"]),
-    help="The shuffle. [default: the best available]",
-)
-@click.option(
-    "--steps",
-    type=COUNT,
-    default=1000,
-    help="Updates in all, also the length of the learning rate's schedule.",
-)
-@click.option("--batch", type=COUNT, default=8, help="Sequences a step, over all devices.")
-@click.option("--context", type=click.IntRange(min=8), default=256, help="Bytes a sequence.")
-@click.option("--layers", type=COUNT, default=4, help="Transformer layers.")
-@click.option("--width", type=COUNT, default=128, help="Features of a byte.")
-@click.option("--heads", type=COUNT, default=2, help="Attention heads.")
-@click.option("--experts", type=COUNT, default=8, help="Experts a layer.")
-@click.option("--top-k", type=COUNT, default=2, help="Experts a byte.")
-@click.option("--expert-width", type=COUNT, default=192, help="Hidden features of an expert.")
-@click.option(
-    "--shared-experts",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Experts that every byte passes.",
-)
-@click.option(
-    "--capacity-factor",
-    type=NOT_NEGATIVE,
-    default=1.25,
-    help="Receive buffer over an even share; what finds no room drops. 0: room for everything.",
-)
-@click.option(
-    "--balance-weight",
-    type=NOT_NEGATIVE,
-    default=0.01,
-    help="Weight of the experts' load-balance loss.",
-)
-@click.option("--z-weight", type=NOT_NEGATIVE, default=0.001, help="Weight of the router's z-loss.")
-@click.option(
-    "--dropout", type=SHARE, default=0.0, help="Share of each branch's features set to zero."
-)
-@click.option("--learning-rate", type=POSITIVE, default=3e-3, help="AdamW's peak rate.")
-@click.option(
-    "--warmup",
-    type=click.IntRange(min=0),
-    default=40,
-    help="Steps of linear warm-up; a cosine follows.",
-)
-@click.option("--weight-decay", type=NOT_NEGATIVE, default=0.1, help="AdamW's decay of matrices.")
-@click.option("--clip", type=POSITIVE, default=1.0, help="Largest norm of a gradient.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Of parameters, order of the text, dropout, sample.",
-)
-@click.option("--save-every", type=COUNT, default=100, help="Steps between checkpoints.")
-@click.option("--eval-every", type=COUNT, default=100, help="Steps between validations.")
-@click.option("--eval-batches", type=COUNT, default=8, help="Batches of a validation.")
-@click.option(
-    "--prompt",
-    multiple=True,
-    help="Beginning of a sample; may be repeated.  [default: some Python]",
-)
-@click.option("--sample-bytes", type=click.IntRange(min=2), default=400, help="Length of a sample.")
-@click.option(
-    "--temperature",
-    type=NOT_NEGATIVE,
-    default=0.7,
-    help="Of the sample; 0 takes the likeliest byte.",
-)
-def command(**options: Any) -> None:
+@click.command(context_settings={"show_default": True, "max_content_width": 100})
+@with_options
+def command(**chosen: Any) -> None:
     """Train a byte-level mixture-of-experts language model with expert parallelism.
 
-    Run it again to go on from the newest checkpoint in --output. Ctrl-C saves and stops.
+    Run it again to go on from the newest checkpoint in --output. Ctrl-C saves and stops. Several
+    processes train together if each is given --coordinator, --processes and --process, or
+    --distributed.
     """
-    check(options)
-    options["capacity_factor"] = options["capacity_factor"] or None
+    check(chosen)
+    chosen["capacity_factor"] = chosen["capacity_factor"] or None
     try:
-        signal_name = run(options)
+        signal_name = run(chosen)
     except DataError as error:
         raise click.ClickException(str(error)) from error
     if signal_name:

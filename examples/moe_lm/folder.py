@@ -8,19 +8,22 @@ from typing import Any
 
 import click
 
+REMEDY = "start over with --fresh or choose another --output"
 
-def check_same_run(saved: dict[str, Any], facts: dict[str, Any], folder: Path) -> None:
-    """Raises a one-sentence error if the checkpoint in `folder` is of another run."""
-    remedy = "start over with --fresh or choose another --output."
+
+def check_same_run(
+    saved: dict[str, Any], facts: dict[str, Any], whose: str, remedy: str = REMEDY
+) -> None:
+    """Raises a one-sentence error if `saved`, which is `whose`, is of another run than `facts`."""
     for name, value in facts["options"].items():
         before = saved["options"].get(name)
         if before != value:
             option = "--" + name.replace("_", "-")
             raise click.ClickException(
-                f"{option}: {value} was given but the run in {folder} has {before}; {remedy}"
+                f"{option}: {value} was given but {whose} has {before}; {remedy}."
             )
     if saved["text"] != facts["text"]:
-        raise click.ClickException(f"--data: the run in {folder} read another text; {remedy}")
+        raise click.ClickException(f"--data: {whose} read another text; {remedy}.")
 
 
 def prepare_folder(folder: Path, fresh: bool) -> None:

@@ -23,6 +23,8 @@ from .data import Windows
 from .training import Trainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a process tells the others by a step's notice: the largest of all counts.
+NOTICES = (None, "--max-minutes", *(number.name for number in SIGNALS))
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def train(
     windows: Windows,
     validation: list[np.ndarray],
     checkpoints: Checkpoints,
-    log: MetricsLog,
+    log: MetricsLog | None,
     config: LoopConfig,
     run_facts: dict[str, Any],
 ) -> str | None:
@@ -111,10 +113,12 @@ def train(
 
     The last thing it does is to save a checkpoint. Losses are read one step late, so that the
     devices never wait for this loop and never have more than two steps in hand (jax 0.11 and
-    before can hang with tens of them).
+    before can hang with tens of them). With them come the other processes' reasons to stop, so that
+    all stop after the same step. `log` is None in all processes but the first.
     """
     pending: dict[str, jax.Array] | None = None
     reason = None
+    alone = jax.process_count() == 1
     clock = _Clock(config.batch * config.context)
     bar = tqdm(
         total=config.steps,
@@ -123,13 +127,18 @@ def train(
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,
         smoothing=0.1,
+        disable=log is None,
     )
 
-    def report(step: int, stats: dict[str, jax.Array]) -> None:
-        line = _line(step, jax.device_get(stats), clock.tokens_per_second())
-        log.write(line)
+    def report(step: int, stats: dict[str, jax.Array]) -> str | None:
+        values = jax.device_get(stats)
+        notice = NOTICES[int(values.pop("notice"))]
+        line = _line(step, values, clock.tokens_per_second())
+        if log is not None:
+            log.write(line)
         bar.update(step - bar.n)
         bar.set_postfix_str(_postfix(line), refresh=False)
+        return notice
 
     def save() -> None:
         checkpoints.save(
@@ -138,18 +147,23 @@ def train(
             {**run_facts, "position": progress.position, "key": progress.key.tolist()},
         )
 
+    def read(start: int, stop: int) -> np.ndarray:
+        return windows.batch(progress.position + start, stop - start)
+
     with bar, StopRequest.listening() as request:
-        while progress.step < config.steps:
-            if request.name:
-                reason = request.name
-            elif config.deadline is not None and time.monotonic() > config.deadline:
-                reason = "--max-minutes"
-            if reason:
+        while progress.step < config.steps and reason is None:
+            wish = request.name
+            if wish is None and config.deadline is not None and time.monotonic() > config.deadline:
+                wish = "--max-minutes"
+            if wish and alone:
+                reason = wish
                 break
-            batch = windows.batch(progress.position, config.batch)
-            progress.state, stats = trainer.train_step(progress.state, batch, progress.key)
+            batch = trainer.place(config.batch, read)
+            progress.state, stats = trainer.train_step(
+                progress.state, batch, progress.key, NOTICES.index(wish)
+            )
             if pending is not None:
-                report(progress.step, pending)
+                reason = report(progress.step, pending)
             pending = stats
             progress.step += 1
             progress.position += config.batch
@@ -157,12 +171,13 @@ def train(
             saves = progress.step % config.save_every == 0
             evaluates = last or progress.step % config.eval_every == 0
             if saves or evaluates:
-                report(progress.step, pending)
+                reason = report(progress.step, pending) or reason
                 pending = None
             if evaluates:
                 loss = trainer.validation_loss(progress.state, validation)
-                log.write({"step": progress.step, "validation_loss": loss})
-                bar.write(f"step {progress.step}: validation loss {loss:.4f} nats a byte")
+                if log is not None:
+                    log.write({"step": progress.step, "validation_loss": loss})
+                    bar.write(f"step {progress.step}: validation loss {loss:.4f} nats a byte")
             if saves:
                 save()
             if saves or evaluates:
@@ -170,7 +185,7 @@ def train(
         if pending is not None:
             report(progress.step, pending)
         save()
-    return reason
+    return reason if progress.step < config.steps else None
 
 
 class _Clock:

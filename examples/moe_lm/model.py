@@ -16,7 +16,11 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the transformer. `implementation` names the shuffle's implementation or is None."""
+    """Sizes of the transformer, and how experts shuffle.
+
+    `expert_axes` are the mesh axes that experts lie along; `implementation` names the shuffle's
+    implementation or is None.
+    """
 
     context: int
     layers: int
@@ -29,6 +33,7 @@ class ModelConfig:
     capacity_factor: float | None
     dropout: float
     implementation: str | None
+    expert_axes: tuple[str, ...] = ("expert",)
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -95,6 +100,7 @@ class Block(nnx.Module):
             config.expert_width,
             num_experts=config.experts,
             top_k=config.top_k,
+            axis_name=config.expert_axes,
             num_shared_experts=config.shared_experts,
             capacity_factor=config.capacity_factor,
             implementation=config.implementation,
@@ -106,6 +112,15 @@ class Block(nnx.Module):
         x = x + self._drop(self.attention(self.attention_norm(x)), rngs)
         y, metrics = self.moe(self.moe_norm(x))
         return x + self._drop(y, rngs), metrics
+
+    def expert_ids(self, x: jax.Array) -> jax.Array:
+        """Where `__call__` without dropout sends `x[B, T, width]`: `[B, T, k]`."""
+        moe = self.moe
+        x = self.moe_norm(x + self.attention(self.attention_norm(x))).astype(jnp.float32)
+        kernel = moe.router_kernel[...].astype(jnp.float32)
+        logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        ids = moe.router(logits.reshape(-1, moe.num_experts), moe.top_k).expert_ids
+        return ids.reshape(*x.shape[:-1], moe.top_k)
 
     def _drop(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         return self.dropout(x, deterministic=rngs is None, rngs=rngs)
@@ -141,6 +156,13 @@ class Transformer(nnx.Module):
             x, layer_metrics = block(x, rngs)
             metrics.append(layer_metrics)
         return self.head(self.norm(x)), metrics
+
+    def expert_ids(self, tokens: jax.Array, layer: int) -> jax.Array:
+        """The experts of every token in one layer: int32 `[B, T, k]` for `tokens[B, T]`."""
+        x = self.embed(tokens)
+        for block in self.blocks[:layer]:
+            x, _ = block(x, None)
+        return self.blocks[layer].expert_ids(x)
 
     def step(
         self, tokens: jax.Array, caches: list[dict[str, jax.Array]], position: jax.Array

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .model import empty_caches
 from .training import Trainer
@@ -32,8 +33,12 @@ def generate(
     for column, prompt in enumerate(encoded):
         forced[: len(prompt), column] = list(prompt)
     with jax.set_mesh(trainer.mesh):
-        run = jax.jit(partial(_generate, trainer), static_argnames="temperature")
-        tokens = run(state, jnp.asarray(forced), jax.random.key(seed), temperature=temperature)
+        everywhere = NamedSharding(trainer.mesh, PartitionSpec())
+        run = jax.jit(
+            partial(_generate, trainer), static_argnames="temperature", out_shardings=everywhere
+        )
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        tokens = run(state, forced, key, temperature=temperature)
     return [bytes(column).decode(errors="replace") for column in np.asarray(tokens, np.uint8).T]
 
 
@@ -41,6 +46,7 @@ def _generate(
     trainer: Trainer, state: nnx.State, forced: jax.Array, key: jax.Array, *, temperature: float
 ) -> jax.Array:
     model, _ = nnx.merge(trainer.graphdef, state)
+    key = jax.random.wrap_key_data(key)
     for block in model.blocks:
         block.moe.capacity_factor = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,6 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .model import ModelConfig, Transformer
-
-TOKEN_AXES = ("data", "expert")
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ class TrainConfig:
     seed: int
 
 
-def make_mesh(data: int, expert: int) -> Mesh:
-    """The first `data * expert` devices as a mesh `("data", "expert")`."""
-    devices = np.array(jax.devices()[: data * expert]).reshape(data, expert)
-    return Mesh(devices, TOKEN_AXES, axis_types=(AxisType.Auto,) * 2)
+def make_mesh(axes: dict[str, int]) -> Mesh:
+    """The first devices as a mesh of these axes; "data" is the first, experts lie along the rest.
+
+    Devices of a process follow each other, so that each process is a node of its own.
+    """
+    devices = np.array(jax.devices()[: math.prod(axes.values())]).reshape(tuple(axes.values()))
+    return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def make_optimizer(config: TrainConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -60,6 +63,8 @@ class Trainer:
     A state is the `nnx.State` of `(model, optimizer)`: parameters, the optimizer's moments and its
     count of steps. All of it is laid out on the mesh by the parameters' own sharding metadata:
     experts are split over "expert", everything else is the same everywhere.
+
+    In a run of several processes each of them calls everything here, in the same order.
     """
 
     def __init__(self, model_config: ModelConfig, train_config: TrainConfig, mesh: Mesh):
@@ -77,6 +82,9 @@ class Trainer:
             self._train_step, donate_argnums=0, out_shardings=(shardings, self._everywhere())
         )
         self._validate = jax.jit(self._validation_step, out_shardings=self._everywhere())
+        self._route = jax.jit(
+            self._routing, static_argnames="layer", out_shardings=self._everywhere()
+        )
 
     def _create(self) -> tuple[Transformer, nnx.Optimizer]:
         model = Transformer(self.model_config, rngs=nnx.Rngs(self._train_config.seed))
@@ -91,26 +99,49 @@ class Trainer:
             return self._initial()
 
     def train_step(
-        self, state: nnx.State, batch: np.ndarray, key: np.ndarray
+        self, state: nnx.State, batch: jax.Array, key: np.ndarray, notice: int = 0
     ) -> tuple[nnx.State, dict[str, jax.Array]]:
         """One update from `batch[B, context + 1]`; `state` is given up. Returns before it is done.
 
         `key` (uint32, from `jax.random.key_data`) is the run's; each step folds its number in.
+        The statistics hold the largest `notice` of all processes.
         """
+        notices = self.place(
+            self.mesh.size, lambda start, stop: np.full(stop - start, notice, np.int32)
+        )
         with jax.set_mesh(self.mesh):
-            return self._step(state, self._put(batch), key)
+            return self._step(state, batch, key, notices)
 
     def validation_loss(self, state: nnx.State, batches: list[np.ndarray]) -> float:
         """Mean loss over `batches`, nats per byte."""
         with jax.set_mesh(self.mesh):
-            losses = [float(self._validate(state, self._put(batch))) for batch in batches]
+            losses = [float(self._validate(state, self.put(batch))) for batch in batches]
         return float(np.mean(losses))
 
-    def _put(self, batch: np.ndarray) -> jax.Array:
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(TOKEN_AXES)))
+    def routing(self, state: nnx.State, batch: np.ndarray, layer: int) -> np.ndarray:
+        """Expert ids `[R, T, k]` of the bytes of each rank of the first replica, in one layer."""
+        with jax.set_mesh(self.mesh):
+            ids = np.asarray(self._route(state, self.put(batch), layer=layer))
+        replicas, k = self.mesh.shape["data"], ids.shape[-1]
+        return ids.reshape(replicas, self.mesh.size // replicas, -1, k)[0]
+
+    def place(self, rows: int, read: Callable[[int, int], np.ndarray]) -> jax.Array:
+        """An array whose rows are spread over all devices; `read(start, stop)` gives some of them.
+
+        Each process reads only the rows that lie on its own devices.
+        """
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        tail = read(0, 1).shape[1:]
+        return jax.make_array_from_callback(
+            (rows, *tail), sharding, lambda index: read(*index[0].indices(rows)[:2])
+        )
+
+    def put(self, batch: np.ndarray) -> jax.Array:
+        """`batch`, which every process has, spread over all devices by its rows."""
+        return self.place(len(batch), lambda start, stop: batch[start:stop])
 
     def _train_step(
-        self, state: nnx.State, batch: jax.Array, key: jax.Array
+        self, state: nnx.State, batch: jax.Array, key: jax.Array, notices: jax.Array
     ) -> tuple[nnx.State, dict[str, jax.Array]]:
         model, optimizer = nnx.merge(self.graphdef, state)
         config = self._train_config
@@ -129,12 +160,17 @@ class Trainer:
         grads, stats = nnx.grad(objective, has_aux=True)(model)
         stats["grad_norm"] = optax.tree.norm(grads)
         stats["learning_rate"] = self.schedule(step)
+        stats["notice"] = notices.max()
         optimizer.update(model, grads)
         return nnx.state((model, optimizer)), stats
 
     def _validation_step(self, state: nnx.State, batch: jax.Array) -> jax.Array:
         model, _ = nnx.merge(self.graphdef, state)
         return _loss(model, batch, None)[0]
+
+    def _routing(self, state: nnx.State, batch: jax.Array, *, layer: int) -> jax.Array:
+        model, _ = nnx.merge(self.graphdef, state)
+        return model.expert_ids(batch.astype(jnp.int32)[:, :-1], layer)
 
 
 def _loss(

@@ -160,12 +160,12 @@ def two_steps(balance_weight: float, z_weight: float) -> list[dict[str, float]]:
         z_weight=z_weight,
         seed=0,
     )
-    trainer = Trainer(model, config, make_mesh(1, 2))
+    trainer = Trainer(model, config, make_mesh({"data": 1, "expert": 2}))
     state, key = trainer.initial_state(), np.asarray(jax.random.key_data(jax.random.key(0)))
     batch = np.random.default_rng(0).integers(0, 256, (2, 17), np.uint8)
     steps = []
     for _ in range(2):
-        state, stats = trainer.train_step(state, batch, key)
+        state, stats = trainer.train_step(state, trainer.put(batch), key)
         steps.append({name: float(stats[name]) for name in ("loss", "grad_norm", "learning_rate")})
     return steps
 

@@ -1,0 +1,156 @@
+"""A run of several processes: joining them, what they must agree on, and noticing who has gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+import jax
+from jax.experimental import multihost_utils
+
+from jax_fusco.store import Store, job_store
+
+START_SECONDS = 300
+_WATCH_SECONDS = 1.0
+
+
+@dataclass
+class Processes:
+    """The processes of this run; `index` is this one. A run of one process has no `store`."""
+
+    index: int = 0
+    count: int = 1
+    heartbeat: int = 0
+    store: Store | None = None
+    hosts: list[str] = field(default_factory=list)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prints, draws and writes what is not a checkpoint."""
+        return self.index == 0
+
+    def say(self, text: str) -> None:
+        """Prints, in the first process alone."""
+        if self.first:
+            click.echo(text)
+
+    def share(self, name: str, value: str) -> str:
+        """The first process' `value`, in every process; each name once."""
+        if self.store is None:
+            return value
+        return self._exchange(name, value, 0)
+
+    def _exchange(self, name: str, value: str, source: int) -> str:
+        assert self.store is not None
+        if self.index == source:
+            self.store.put(f"moe_lm/{name}", value)
+            return value
+        got = self.store.get(f"moe_lm/{name}", START_SECONDS)
+        if got is None:
+            raise click.ClickException(
+                f"process {source} did not come to {name!r} within {START_SECONDS} s."
+            )
+        return got
+
+    @contextlib.contextmanager
+    def watching(self, remedy: str) -> Iterator[None]:
+        """While open, the loss of any process ends this one with a sentence that names it.
+
+        The coordination service counts a process as lost that sends no heartbeat for `heartbeat`
+        seconds; a collective that fails before that waits here to hear who it was. The loss of
+        process 0, where that service runs, makes JAX end the others at once, in its own words.
+        """
+        if self.store is None:
+            yield
+            return
+        done = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(done, remedy), daemon=True)
+        watcher.start()
+        try:
+            yield
+            multihost_utils.sync_global_devices("moe_lm: all done")
+        except RuntimeError as error:  # JAX's own are
+            first_line = str(error).partition("\n")[0]
+            click.echo(f"process {self.index}: {first_line}; looking for who is missing", err=True)
+            watcher.join(2 * self.heartbeat + 10)
+            raise
+        finally:
+            done.set()
+        multihost_utils.sync_global_devices("moe_lm: nobody watches any more")
+
+    def _watch(self, done: threading.Event, remedy: str) -> None:
+        """Asks who is there, which waits for everyone who is and still watches."""
+        while not done.is_set():
+            try:
+                with multihost_utils.live_devices(jax.devices()) as live:
+                    missing = set(range(self.count)) - {device.process_index for device in live}
+            except multihost_utils.ProcessFailureError as error:
+                missing = {device.process_index for device in error.failed_devices}
+            except Exception:
+                return  # the service has gone, and JAX says so
+            if done.is_set():
+                return
+            if missing:
+                self._end(sorted(missing), remedy)
+            time.sleep(_WATCH_SECONDS)
+
+    def _end(self, missing: list[int], remedy: str) -> None:
+        names = ", ".join(f"process {i} (on {self.hosts[i]})" for i in missing)
+        have = "has" if len(missing) == 1 else "have"
+        print(
+            f"\nError: {names} {have} gone: it ended, or sent no heartbeat for {self.heartbeat} s. "
+            f"{remedy}",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the main thread may wait in a collective that nothing ends
+
+
+def join(options: dict[str, Any]) -> Processes:
+    """Joins the processes that --coordinator or the environment describe; before JAX's backend.
+
+    Raises:
+      click.ClickException: they did not all come, or nothing says who they are.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_recoverability", True)  # who is lost is ours to say
+    jax.config.update("jax_enable_preemption_service", False)  # so are SIGTERM's consequences
+    heartbeat = options["heartbeat"]
+    try:
+        jax.distributed.initialize(
+            options["coordinator"],
+            options["processes"],
+            options["process"],
+            cluster_detection_method="deactivate" if options["coordinator"] else None,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=heartbeat,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        where = f"--coordinator: {options['coordinator']}" if options["coordinator"] else (
+            "--distributed: the environment"
+        )  # fmt: skip
+        raise click.ClickException(
+            f"{where} did not bring the processes together: {reason}."
+        ) from None
+    processes = Processes(jax.process_index(), jax.process_count(), heartbeat, job_store())
+    if processes.store is not None:
+        for i in range(processes.count):
+            host = processes._exchange(f"host {i}", socket.gethostname(), i)
+            processes.hosts.append(host)
+        if not processes.first:
+            click.echo(
+                f"process {processes.index} of {processes.count}; process 0, the leader, is on "
+                f"{processes.hosts[0]}",
+                err=True,
+            )
+    return processes
