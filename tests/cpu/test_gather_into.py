@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_bits, both, make_mesh, per_rank
+from helpers import ROWS, assert_same_bits, both, make_mesh, per_rank, place
 from jax import lax
 
 from jax_fusco import ffi, reference
@@ -236,6 +236,31 @@ def test_arguments_that_are_used_again_keep_their_values(implementation):
         assert_same_bits(b, c)
 
 
+@both
+@pytest.mark.parametrize("donate", [False, True])
+def test_rows_that_are_their_own_destination(implementation, donate):
+    """Peers still read what the results would overwrite: the compiler has to part the two."""
+    rng = np.random.default_rng(11)
+    (x,) = random_arrays(rng, 2, 3000, [("float32", (7,))])
+    rank, source = random_sources(rng, 2, 3000, 3000, 1)
+
+    def run(x, source_rank, source):
+        return MOVERS[implementation](
+            (x,),
+            source_rank,
+            source,
+            axis=expert_axis("expert"),
+            fanout=1,
+            zero_tail=False,
+            into=(x,),
+        )
+
+    function = jax.jit(per_rank(run, 2), donate_argnums=0 if donate else ())
+    (there,) = place(make_mesh(2), ROWS, x)
+    (got,) = function(there, rank, source)
+    assert_same_bits(got, by_hand((x,), rank, source, (x,), 1)[0])
+
+
 def test_an_axis_that_the_compiler_keeps_for_itself():
     """In a partly manual mesh every replica fills a buffer of its own."""
     rng = np.random.default_rng(9)
@@ -262,6 +287,40 @@ def test_a_source_that_does_not_exist_is_an_error():
     source[1, 3], rank[1, 3] = 5, 0
     with pytest.raises(jax.errors.JaxRuntimeError, match="comes from source 5 of rank 0, which do"):
         jax.block_until_ready(program("fused", 2, 1)(rows, rank, source, into))
+
+
+S, X, Y = np.zeros(4, np.int32), np.zeros((3, 5), np.float32), np.zeros((4, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "results", "zero_tail", "aliases", "message"),
+    [
+        ((X, Y), [Y], 0, {}, "each result must share the memory of its into"),
+        ((X, Y), [Y], 1, {6: 0}, "into needs zero_tail to be 0"),
+        ((X, Y[:3]), [Y], 0, {}, "each into must have the shape and type of its result"),
+        ((X, Y[:, :4]), [Y], 0, {}, "each into must have the shape and type of its result"),
+        ((X, Y.view(np.int32)), [Y], 0, {}, "each into must have the shape and type of its result"),
+        ((X, X, Y), [Y, Y], 0, {7: 0}, "one result for each rows operand, or for each with its"),
+        ((X, Y, Y), [Y], 0, {6: 0}, "one result for each rows operand, or for each with its"),
+        ((X,), [], 0, {}, "one result for each rows operand, or for each with its"),
+    ],
+)
+def test_calls_that_this_version_does_not_make(arrays, results, zero_tail, aliases, message):
+    """Nothing but this keeps such a call from writing over arrays of somebody else."""
+    ffi.register()
+    # Without results only an effect keeps a call in the program.
+    run = jax.ffi.ffi_call(
+        "jax_fusco_gather_rows",
+        [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results],
+        input_output_aliases=aliases,
+        has_side_effect=not results,
+    )
+    zero = np.int32(0)
+    attributes = {"num_ranks": 1, "fanout": 1, "zero_tail": zero_tail}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(
+            jax.jit(lambda *o: run(zero, zero, S, S, S, *o, **attributes))(*arrays)
+        )
 
 
 @both

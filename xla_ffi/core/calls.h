@@ -39,7 +39,7 @@ struct GatherRowsCall {
   const int32_t* source = nullptr;       // [M]
   const int32_t* chain = nullptr;        // [M] or null
   int64_t fanout = 1;
-  bool zero_tail = true;
+  bool zero_tail = true;  // false: results may hold something; rows with source -2 are not touched
   std::vector<Rows> in;
   std::vector<Rows> out;
 };

@@ -61,6 +61,7 @@ struct Signature<GatherRowsCall> {
         .template Attr<int64_t>("fanout")
         .template Attr<int64_t>("zero_tail");
   }
+  // `in` are the rows to gather, and then, or not, the arrays whose memory the results take over.
   static Status Read(int64_t num_ranks, Buffer source_rank, Buffer source, Buffer chain,
                      xla::ffi::RemainingArgs in, xla::ffi::RemainingRets out, int64_t fanout,
                      int64_t zero_tail, GatherRowsCall* call);
