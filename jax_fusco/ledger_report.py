@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from jax_fusco.files import read_npz
 from jax_fusco.ledger import LINKS, WAYS, Ledger, Way
 
 COLOURS = {"rank": "#b0b0b0", "node": "#5e9fd1", "wire": "#d6604d", "padding": "#f4c7bd"}
@@ -22,14 +23,7 @@ def read_routing(path: str | pathlib.Path) -> tuple[np.ndarray, int | None]:
       ValueError: the file is missing, corrupt, or holds something else, in one sentence.
     """
     need = "need an npz file with integer expert_ids [ranks, tokens, experts per token]"
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            arrays = {name: file[name] for name in ("expert_ids", "num_experts") if name in file}
-    except Exception as error:  # zip, zlib, header and pickle errors have no common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: got no readable routing ({reason}), {need}") from None
+    arrays = read_npz(path, ("expert_ids", "num_experts"), "routing", need)
     if "expert_ids" not in arrays:
         raise ValueError(f"{path}: got no array named expert_ids, {need}")
     ids = arrays["expert_ids"]
