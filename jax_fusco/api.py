@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
-from jax_fusco import ffi, mesh, primitive
+from jax_fusco import ffi, mesh, movers, primitive
 from jax_fusco.mesh import Axis, AxisName, expert_axis
 from jax_fusco.plan import Plan, dropless_capacity, experts_per_rank, whole
+from jax_fusco.topology import Topology
+from jax_fusco.two_level_plan import Levels
 
 Implementation: TypeAlias = str | Sequence[str] | None
 
@@ -28,7 +31,7 @@ def make_plan(
     num_experts: int,
     capacity: int | None = None,
     alignment: int = 1,
-    topology: None = None,
+    topology: Topology | None = None,
     placement: None = None,
     implementation: Implementation = None,
 ) -> Plan:
@@ -52,7 +55,9 @@ def make_plan(
       capacity: rows C of a rank's receive buffer. None: dropless for routings to distinct experts,
         `R * T * min(k, E_local) + E_local * (alignment - 1)`. See `jax_fusco.capacity`.
       alignment: every group starts at, and is padded to, a multiple of it.
-      topology: must be None.
+      topology: which ranks form a node, where rows should cross between nodes once a token (see
+        `Topology`); `axis_name` must be its `axis_name`. Slots are those without a topology;
+        `combine` then adds in another order.
       placement: must be None.
       implementation: "xla" (plain `jax.lax`), "fused" (the engine), a sequence of them tried in
         order, or None: the engine where it is known to reach, else "xla".
@@ -68,10 +73,10 @@ def make_plan(
         raise TypeError(f"expert_ids: got dtype {ids.dtype}, need int32")
     if ids.ndim != 2:
         raise ValueError(f"expert_ids: got shape {ids.shape}, need [tokens, experts per token]")
-    for name, value in (("topology", topology), ("placement", placement)):
-        if value is not None:
-            raise ValueError(f"{name}: got {value!r}, need None (nothing else is supported yet)")
+    if placement is not None:
+        raise ValueError(f"placement: got {placement!r}, need None (nothing else is supported yet)")
     axis = expert_axis(axis_name)
+    local = axis if topology is None else _local_axis(topology, axis)
     num_experts = whole("num_experts", num_experts, 1)
     alignment = whole("alignment", alignment, 1)
     experts_per_rank(num_experts, axis.size)
@@ -84,17 +89,25 @@ def make_plan(
         raise ValueError(
             f"capacity: got {rows} rows, need fewer than 2**31; pass a smaller capacity"
         )
-    chosen = _choose(implementation, axis)
+    chosen = _choose(implementation, local, reached=topology is not None)
+    if local.size == axis.size:
+        topology = None
+    elif not ids.size:
+        # Nothing crosses, and plain XLA serves ranks that do not reach each other.
+        topology, chosen = None, "xla"
     with jax.named_scope("jax_fusco.make_plan"):
-        integers = primitive.plan(
-            primitive.Call(chosen, axis),
+        integers, crossing = primitive.plan(
+            movers.Call(chosen, axis),
             jax.lax.stop_gradient(ids),
+            topology,
             num_experts=num_experts,
             capacity=rows,
             alignment=alignment,
         )
+        name = functools.partial(checkpoint_name, name=_PLAN_NAME)
         return Plan(
-            *(checkpoint_name(array, _PLAN_NAME) for array in integers),
+            *map(name, integers),
+            jax.tree.map(name, crossing),
             axis_name=axis.names or None,
             num_experts=num_experts,
             num_ranks=axis.size,
@@ -133,7 +146,7 @@ def dispatch(
         _check_payload("x", leaf, "tokens", plan.slot.shape[0])
     if not rows:
         return x
-    call = primitive.Call(plan.implementation, axis, zero_tail=padding == "zero")
+    call = movers.Call(plan.implementation, axis, zero_tail=padding == "zero")
     with jax.named_scope("jax_fusco.dispatch"):
         moved = primitive.dispatch(call, rows, _indices(plan))
         return tree.unflatten([checkpoint_name(leaf, _ROWS_NAME) for leaf in moved])
@@ -174,15 +187,15 @@ def combine(
     out_dtype = jnp.dtype(y.dtype if out_dtype is None else out_dtype)
     _check_floating("out_dtype", out_dtype)
     # Narrower formats are summed, like all others, in float32.
-    wide = y if primitive.is_summable(y.dtype) else y.astype(jnp.float32)
-    wide_out = out_dtype if primitive.is_summable(out_dtype) else jnp.dtype(jnp.float32)
+    wide = y if movers.is_summable(y.dtype) else y.astype(jnp.float32)
+    wide_out = out_dtype if movers.is_summable(out_dtype) else jnp.dtype(jnp.float32)
     if weights is not None:
         weights = _array("weights", weights)
         _check_floating("weights", weights.dtype)
         if weights.shape != plan.slot.shape:
             raise ValueError(f"weights: got shape {weights.shape}, need {plan.slot.shape}")
         weights = weights.astype(jnp.promote_types(wide.dtype, jnp.float32))
-    call = primitive.Call(plan.implementation, axis, out_dtype=wide_out)
+    call = movers.Call(plan.implementation, axis, out_dtype=wide_out)
     with jax.named_scope("jax_fusco.combine"):
         return primitive.combine(call, wide, weights, _indices(plan)).astype(out_dtype)
 
@@ -246,10 +259,23 @@ def ragged_all_to_all(
             raise ValueError(f"{name}: got shape {table.shape}, need {tables[0].shape}")
     chosen = _choose(implementation, axis)
     with jax.named_scope("jax_fusco.ragged_all_to_all"):
-        return primitive.ragged_all_to_all(primitive.Call(chosen, axis), operand, output, tables)
+        return primitive.ragged_all_to_all(movers.Call(chosen, axis), operand, output, tables)
+
+
+def _local_axis(topology: Topology, axis: Axis) -> Axis:
+    """The ranks of a node; ValueError where the topology is not one of `axis`."""
+    if not isinstance(topology, Topology):
+        raise TypeError(f"topology: got {type(topology).__name__}, need a jax_fusco.Topology")
+    if topology.axis_name != axis.names:
+        raise ValueError(
+            f"axis_name: got {axis.names or None}, need {topology.axis_name} for this topology"
+        )
+    return Levels.of(topology).local
 
 
 def _indices(plan: Plan) -> primitive.Indices:
+    if plan.crossing is not None:
+        return plan.crossing
     return plan.slot_rank, plan.slot, plan.source_rank, plan.source, plan.chain
 
 
@@ -314,19 +340,24 @@ def _subgroups(groups: Sequence[Sequence[int]], size: int) -> tuple[tuple[int, .
     return subgroups
 
 
-def _choose(implementation: Implementation, axis: Axis) -> str:
-    """The implementation to use: "xla", "fused", or "platform" where only lowering can tell."""
+def _choose(implementation: Implementation, axis: Axis, *, reached: bool = False) -> str:
+    """The implementation to use: "xla", "fused", or "platform" where only lowering can tell.
+
+    `reached`: a topology says that the ranks of `axis` reach each other's memory.
+    """
     if implementation is None:
         if axis.names and not mesh.is_mesh_axis(axis):
             return "xla"
         if not axis.names and mesh.platform() is None:
             return "platform"
         # GPUs: the engine must be asked for by name until runs on GPUs have shown it.
-        return "fused" if mesh.platform() == "cpu" and jax.process_count() == 1 else "xla"
+        if mesh.platform() != "cpu" or _why_not("fused", axis) is not None:
+            return "xla"
+        return "fused" if reached or jax.process_count() == 1 else "xla"
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     reason = "need one or more of 'xla', 'fused'"
     for name in names:
-        if name not in primitive.IMPLEMENTATIONS:
+        if name not in movers.IMPLEMENTATIONS:
             raise ValueError(f"implementation: got {name!r}, need 'xla', 'fused', or None")
         reason = _why_not(name, axis)
         if reason is None:

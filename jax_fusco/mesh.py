@@ -59,19 +59,13 @@ class Axis:
         """[R, ...]: every rank's `x`, in rank order."""
         if not self.names:
             return x[None]
-        everyone = lax.all_gather(x, self.names)
-        if not self.subgroups:
-            return everyone
-        members = jnp.asarray(self.subgroups, jnp.int32)[self._position()[0]]
-        return everyone[members]
+        return lax.all_gather(x, self.names, axis_index_groups=self.subgroups)
 
     def all_to_all(self, x: jax.Array) -> jax.Array:
         """[R, ...]: entry r of the result is entry `rank` of rank r's `x` [R, ...]."""
         if not self.names:
             return x
-        if self.subgroups:
-            return self.all_gather(x)[:, self.rank()]
-        return lax.all_to_all(x, self.names, 0, 0)
+        return lax.all_to_all(x, self.names, 0, 0, axis_index_groups=self.subgroups)
 
 
 def expert_axis(axis_name: AxisName) -> Axis:

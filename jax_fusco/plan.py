@@ -5,11 +5,49 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from typing import TYPE_CHECKING
 
 import jax
 from jaxtyping import Array, Int32
 
 from jax_fusco.mesh import AxisName
+
+if TYPE_CHECKING:
+    from jax_fusco.topology import Topology
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """How the rows of one shuffle cross between nodes. All int32, per rank; negative for none.
+
+    Block n of an array `[N, T, ...]` is about the rows that this rank, a rail, sends to node n, or
+    that it, a forwarder, receives from there. The block of this node stands for its own tokens,
+    which need no rail.
+
+    Attributes:
+      owner_node: the node of each assignment's slot.
+      pack_rank, pack_token: owner (local index) and token of each row to send.
+      rail, rail_row: of each token, for each node: the rail (local index) and the row in its block.
+      deliver_rank, deliver_slot: for each received row and j, the rank (local index) and the slot.
+      from_rank, from_assignment: for each row of the receive buffer, its forwarder (local index)
+        and the assignment there, `(n * T + row) * k + j`; -1 in a group's padding, -2 past the last
+        group.
+      most_rows: the most rows that any rail of all nodes sends to another node.
+      topology: static, as given.
+    """
+
+    owner_node: Int32[Array, "T k"]
+    pack_rank: Int32[Array, "N T"]
+    pack_token: Int32[Array, "N T"]
+    rail: Int32[Array, "T N"]
+    rail_row: Int32[Array, "T N"]
+    deliver_rank: Int32[Array, "N T k"]
+    deliver_slot: Int32[Array, "N T k"]
+    from_rank: Int32[Array, " C"]
+    from_assignment: Int32[Array, " C"]
+    most_rows: Int32[Array, ""]
+    topology: Topology = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +70,7 @@ class Plan:
       num_dropped: assignments to this rank's experts that found no room.
       num_invalid: ids outside [-1, num_experts) in this rank's own `expert_ids`.
       chain: lets the engine of GPUs read a token once for all its rows here; empty elsewhere.
+      crossing: how rows cross between nodes, None without a topology.
       axis_name, num_experts, num_ranks, alignment, implementation: static, as given or chosen.
     """
 
@@ -44,6 +83,7 @@ class Plan:
     num_dropped: Int32[Array, ""]
     num_invalid: Int32[Array, ""]
     chain: Int32[Array, " C_or_0"]
+    crossing: Crossing | None
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
     num_experts: int = dataclasses.field(metadata={"static": True})
     num_ranks: int = dataclasses.field(metadata={"static": True})

@@ -1,5 +1,5 @@
-"""Differentiable movers: one custom_vjp for each operation, over whichever implementation was
-chosen.
+"""Differentiable movers: one custom_vjp for each operation, over one level or two, and over
+whichever implementation was chosen.
 
 The backward of a dispatch is an unweighted combine, that of a combine a weighted dispatch; both
 reuse the forward's plan.
@@ -9,47 +9,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fusco import ffi, reference
-from jax_fusco.mesh import Axis, checked_axes, unshard, vary, varying_axes
+from jax_fusco import movers, two_level, two_level_plan
+from jax_fusco.mesh import checked_axes, unshard, vary, varying_axes
+from jax_fusco.movers import Call, is_summable, make_integers, run
+from jax_fusco.plan import Crossing
+from jax_fusco.topology import Topology
 
-IMPLEMENTATIONS = {"xla": reference, "fused": ffi}
-
-
-def _run(implementation: str, name: str, *args: Any, **static: Any) -> Any:
-    """Calls the mover `name` of an implementation; "platform" chooses while lowering."""
-    if implementation != "platform":
-        return getattr(IMPLEMENTATIONS[implementation], name)(*args, **static)
-    branches = {key: functools.partial(getattr(module, name), **static)
-                for key, module in IMPLEMENTATIONS.items()}  # fmt: skip
-    return lax.platform_dependent(*args, cpu=branches["fused"], default=branches["xla"])
+Indices: TypeAlias = movers.Indices | Crossing
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What is static about one call: where it runs, and the options of its movers."""
-
-    implementation: str
-    axis: Axis
-    zero_tail: bool = True
-    out_dtype: Any = None
-
-
-def plan(call: Call, expert_ids: jax.Array, **static: int) -> tuple[jax.Array, ...]:
-    """The integers of a shuffle, in the order of the fields of `Plan`."""
-    chained = call.implementation == "fused" and ffi.may_run_on_gpu()
-    static["chain_rows"] = static["capacity"] if chained else 0
-    return _run(call.implementation, "plan", unshard(expert_ids), axis=call.axis, **static)
+def plan(
+    call: Call, expert_ids: jax.Array, topology: Topology | None, **static: int
+) -> tuple[tuple[jax.Array, ...], Crossing | None]:
+    """The integers of a shuffle, in the order of the fields of `Plan`, and how rows cross nodes."""
+    ids = unshard(expert_ids)
+    if topology is None:
+        return make_integers(call.implementation, ids, axis=call.axis, **static), None
+    return two_level_plan.plan(call.implementation, ids, topology, axis=call.axis, **static)
 
 
-# Indices of one shuffle: (slot_rank, slot, source_rank, source, chain).
-Indices = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+def _level(indices: Indices) -> Any:
+    """The movers that these indices are for."""
+    return two_level if isinstance(indices, Crossing) else movers
 
 
 def _real_view(x: jax.Array) -> jax.Array:
@@ -58,35 +45,21 @@ def _real_view(x: jax.Array) -> jax.Array:
 
 def _sum_home(call: Call, ct: jax.Array, indices: Indices) -> jax.Array:
     """The unweighted sum over each token's rows: the cotangent of a dispatched array."""
-    slot_rank, slot, *_ = indices
-    reduce = functools.partial(_run, call.implementation, "reduce_rows", axis=call.axis)
+
+    def reduce(y: jax.Array) -> jax.Array:
+        summed = dataclasses.replace(call, out_dtype=y.dtype)
+        return _level(indices).reduce_rows(summed, y, None, indices)
+
     if jnp.issubdtype(ct.dtype, jnp.complexfloating):
-        parts = _real_view(ct)
-        total = reduce(parts, None, slot_rank, slot, out_dtype=parts.dtype)
+        total = reduce(_real_view(ct))
         return lax.complex(total[..., 0], total[..., 1])
     wide = ct if is_summable(ct.dtype) else ct.astype(jnp.float32)
-    return reduce(wide, None, slot_rank, slot, out_dtype=wide.dtype).astype(ct.dtype)
-
-
-def is_summable(dtype: Any) -> bool:
-    """Whether the movers sum rows of this dtype as they are."""
-    return dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+    return reduce(wide).astype(ct.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dispatch(call: Call, rows: tuple[jax.Array, ...], indices: Indices) -> tuple[jax.Array, ...]:
-    slot_rank, _, source_rank, source, chain = indices
-    return _run(
-        call.implementation,
-        "gather_rows",
-        rows,
-        source_rank,
-        source,
-        chain,
-        axis=call.axis,
-        fanout=max(slot_rank.shape[1], 1),
-        zero_tail=call.zero_tail,
-    )
+    return _level(indices).gather_rows(call, rows, indices)
 
 
 def _dispatch_fwd(call: Call, rows: tuple[jax.Array, ...], indices: Indices) -> Any:
@@ -98,7 +71,7 @@ def _dispatch_bwd(call: Call, indices: Indices, cts: tuple[jax.Array, ...]) -> A
         grads = tuple(
             None if ct.dtype == jax.dtypes.float0 else _sum_home(call, ct, indices) for ct in cts
         )
-    return grads, (None,) * 5
+    return grads, None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -106,17 +79,7 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(call: Call, y: jax.Array, weights: jax.Array | None, indices: Indices) -> jax.Array:
-    slot_rank, slot, *_ = indices
-    return _run(
-        call.implementation,
-        "reduce_rows",
-        y,
-        weights,
-        slot_rank,
-        slot,
-        axis=call.axis,
-        out_dtype=call.out_dtype,
-    )
+    return _level(indices).reduce_rows(call, y, weights, indices)
 
 
 def _combine_fwd(call: Call, y: jax.Array, weights: jax.Array | None, indices: Indices) -> Any:
@@ -125,50 +88,20 @@ def _combine_fwd(call: Call, y: jax.Array, weights: jax.Array | None, indices: I
 
 def _combine_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
     y, weights, indices = residuals
-    slot_rank, slot, source_rank, source, chain = indices
-    run = functools.partial(_run, call.implementation)
     with jax.named_scope("jax_fusco.combine_backward"):
+        level = _level(indices)
         if weights is None:
-            (dy,) = run(
-                "gather_rows",
-                (g.astype(y.dtype),),
-                source_rank,
-                source,
-                chain,
-                axis=call.axis,
-                fanout=max(slot.shape[1], 1),
-                zero_tail=True,
-            )
-            return dy, None, (None,) * 5
-        width = math.prod(y.shape[1:])
-        dy, dots = run(
-            "gather_rows_weighted",
-            g.reshape(g.shape[0], width),
-            weights,
-            y.reshape(y.shape[0], width),
-            source_rank,
-            source,
-            chain,
-            axis=call.axis,
-        )
-        # Each dot product lies where its row lies; a gather of single numbers takes it home.
-        (home,) = run(
-            "gather_rows",
-            (dots,),
-            slot_rank.reshape(-1),
-            slot.reshape(-1),
-            axis=call.axis,
-            fanout=1,
-            zero_tail=True,
-        )
-        return dy.reshape(y.shape), home.reshape(weights.shape), (None,) * 5
+            (dy,) = level.gather_rows(call, (g.astype(y.dtype),), indices)
+            return dy, None, None
+        dy, dweights = level.gather_rows_weighted(call, g, weights, y, indices)
+        return dy, dweights, None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def dispatch(call: Call, rows: tuple[jax.Array, ...], indices: Indices) -> tuple[jax.Array, ...]:
-    """Rows to experts. Differentiable in every floating (or complex) array of `rows`."""
+    """Rows to their slots, for several arrays at once. Differentiable in `rows`."""
     rows, indices = _alike(call, (rows, indices))
     return _dispatch(call, rows, indices)
 
@@ -193,7 +126,7 @@ def _alike(call: Call, operands: Any) -> Any:
 def _ragged(
     call: Call, operand: jax.Array, output: jax.Array, tables: tuple[jax.Array, ...]
 ) -> jax.Array:
-    return _run(call.implementation, "ragged_all_to_all", operand, output, *tables, axis=call.axis)
+    return run(call.implementation, "ragged_all_to_all", operand, output, *tables, axis=call.axis)
 
 
 def _ragged_fwd(call: Call, operand: jax.Array, output: jax.Array, tables: Any) -> Any:
@@ -213,7 +146,7 @@ def _ragged_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
         here, there = exchange(output_offsets), exchange(input_offsets)
         zeros = jnp.zeros_like(operand)
         back = (here, recv_sizes, there, send_sizes)
-        d_operand = _run(call.implementation, "ragged_all_to_all", g, zeros, *back, axis=call.axis)
+        d_operand = run(call.implementation, "ragged_all_to_all", g, zeros, *back, axis=call.axis)
         row = jnp.arange(g.shape[0], dtype=here.dtype)[:, None]
         received = ((row >= here) & (row < here + recv_sizes)).any(1)
         received = received.reshape((-1,) + (1,) * (g.ndim - 1))

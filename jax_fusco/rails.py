@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +55,10 @@ class Rails:
         return self.egress - own
 
 
-def balanced_rail(position: Array, source: int, destination: Array | int, ranks: int) -> Array:
+def balanced_rail(position: Any, source: Any, destination: Any, ranks: int) -> Any:
     """The rail of a row, by its place among the rows of node `source` for node `destination`.
+
+    NumPy or JAX, integers or arrays.
 
     Rows are counted in the order of owner, then token. On its rail the row is number
     `position // ranks`.

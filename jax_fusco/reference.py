@@ -57,6 +57,15 @@ def water_fill(counts: jax.Array, capacity: int, alignment: int) -> jax.Array:
     return (kept + (cut & (jnp.cumsum(cut, 1) <= extra[:, None]))).astype(jnp.int32)
 
 
+def lay_out(kept: jax.Array, alignment: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where a rank's cells `[E_local, R]` begin, and each group's rows without and with padding."""
+    expert_counts = kept.sum(1, dtype=jnp.int32)
+    group_sizes = _round_up(expert_counts, alignment)
+    group_start = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
+    begin = group_start[:, None] + jnp.cumsum(kept, 1, dtype=jnp.int32) - kept
+    return begin, expert_counts, group_sizes
+
+
 def plan(
     expert_ids: jax.Array,
     *,
@@ -86,10 +95,7 @@ def plan(
     wanted = counts.T.reshape(ranks, local_experts, ranks)
     fill = functools.partial(water_fill, capacity=capacity, alignment=alignment)
     kept = jax.vmap(fill)(wanted)
-    expert_counts = kept.sum(2, dtype=jnp.int32)
-    group_sizes = _round_up(expert_counts, alignment)
-    group_start = jnp.cumsum(group_sizes, 1, dtype=jnp.int32) - group_sizes
-    begin = group_start[:, :, None] + jnp.cumsum(kept, 2, dtype=jnp.int32) - kept
+    begin, expert_counts, group_sizes = jax.vmap(lambda cells: lay_out(cells, alignment))(kept)
 
     # Where my assignments go.
     expert = jnp.where(valid, flat, 0)
@@ -133,7 +139,7 @@ def plan(
     return vary(found, varying_axes(expert_ids) | checked_axes(axis))
 
 
-def _to_words(x: jax.Array) -> jax.Array:
+def to_words(x: jax.Array) -> jax.Array:
     """`x` as unsigned integers of its width, shape kept but for complex numbers."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], -1)
@@ -142,7 +148,7 @@ def _to_words(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.dtype(f"uint{x.dtype.itemsize * 8}"))
 
 
-def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
+def from_words(words: jax.Array, dtype: Any) -> jax.Array:
     if dtype == jnp.bool_:
         return words.astype(jnp.bool_)
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -178,8 +184,8 @@ def gather_rows(
     del chain, zero_tail
 
     def gather(x: jax.Array, old: jax.Array | None) -> jax.Array:
-        words = axis.all_gather(_to_words(x))
-        kept = None if old is None else _to_words(old)
+        words = axis.all_gather(to_words(x))
+        kept = None if old is None else to_words(old)
         if not words.size:
             shape = source.shape + words.shape[2:]
             picked = vary(jnp.zeros(shape, words.dtype), varying_axes(words, source))
@@ -189,7 +195,7 @@ def gather_rows(
         if kept is not None:
             tail = (source == -2).reshape(source.shape + (1,) * (kept.ndim - 1))
             picked = jnp.where(tail, kept, picked)
-        return _from_words(picked, x.dtype)
+        return from_words(picked, x.dtype)
 
     return tuple(map(gather, rows, into or [None] * len(rows)))
 
@@ -226,7 +232,7 @@ def reduce_rows(
 ) -> jax.Array:
     """`out[t] = sum_j w[t, j] * y@slot_rank[t, j][slot[t, j]]`, j ascending, one fma each."""
     accumulator = jnp.promote_types(y.dtype, jnp.float32)
-    words = _to_words(y)
+    words = to_words(y)
     rank = axis.rank()
     shape = slot.shape[:1] + y.shape[1:]
 
@@ -242,7 +248,7 @@ def reduce_rows(
     # are fetched in a scan of their own: fused with what masks them, products may lose their sums.
     def add(acc: jax.Array, column: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         row, words_of_row, *weight = column
-        value = _from_words(words_of_row, y.dtype).astype(accumulator)
+        value = from_words(words_of_row, y.dtype).astype(accumulator)
         if weight:
             value = weight[0].reshape(weight[0].shape + (1,) * (y.ndim - 1)) * value
         present = (row >= 0).reshape(row.shape + (1,) * (y.ndim - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 
 from jax_fusco.mesh import AxisName
 from jax_fusco.plan import whole
+
+# The cost model of slices: a rail's link to one node, and what a slice costs beside its bytes.
+_WIRE_BYTES_PER_S, _SLICE_S = 5e9, 100e-6
 
 _DOMAINS = ("slice_index", "partition_index")
 
@@ -28,6 +32,8 @@ class Topology:
       local_axis: the mesh axis over the ranks of a node; with `node_axis=None` the axis (or tuple
         of axes, row-major) of all ranks.
       ranks_per_node: L; None means the size of `local_axis`, which needs a `node_axis`.
+      slice_rows: rows that cross from a rail to a node at a time; None lets a cost model choose.
+      wire_dtype: what partial sums cross as: None for the dtype of the rows, or "float32".
       members: for each node the names of its devices, where `detect` saw them.
       seen_by: what `detect` went by.
 
@@ -38,6 +44,8 @@ class Topology:
     node_axis: str | None = "node"
     local_axis: str | tuple[str, ...] = "expert"
     ranks_per_node: int | None = None
+    slice_rows: int | None = None
+    wire_dtype: str | None = None
     members: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False, repr=False)
     seen_by: str = dataclasses.field(default="", compare=False, repr=False)
 
@@ -53,6 +61,10 @@ class Topology:
             object.__setattr__(
                 self, "ranks_per_node", whole("ranks_per_node", self.ranks_per_node, 1)
             )
+        if self.slice_rows is not None:
+            object.__setattr__(self, "slice_rows", whole("slice_rows", self.slice_rows, 1))
+        if self.wire_dtype not in (None, "float32"):
+            raise ValueError(f"wire_dtype: got {self.wire_dtype!r}, need 'float32' or None")
         if self.node_axis is None and self.ranks_per_node is None:
             raise ValueError("ranks_per_node: got None, need a number where node_axis is None")
         if self.node_axis is not None and len(names) > 1:
@@ -96,6 +108,19 @@ class Topology:
             )
         return ranks // local, local
 
+    def rows_of_slices(self, tokens: int, row_bytes: int) -> int:
+        """Rows of each slice that a rail sends to a node, of at most `tokens` rows in all.
+
+        Each slice costs a fixed time and hides the local moves of its neighbours; the number of
+        slices that balances both is `sqrt(2 * time on the wire / time of a slice)`, between 1 and
+        16.
+        """
+        if self.slice_rows is not None:
+            return min(self.slice_rows, max(tokens, 1))
+        wire = tokens * row_bytes / _WIRE_BYTES_PER_S
+        slices = min(max(round(math.sqrt(2 * wire / _SLICE_S)), 1), 16)
+        return max(-(-tokens // slices), 1)
+
     @classmethod
     def detect(cls, mesh: Any, axis_name: AxisName, ranks_per_node: int | None = None) -> Topology:
         """The topology of the ranks along `axis_name`, from the devices of `mesh`.
@@ -133,8 +158,10 @@ class Topology:
             tuple(map(str, devices[0, at : at + local])) for at in range(0, ranks, local)
         )
         if len(names) == 2 and mesh.shape[names[1]] == local:
-            return cls(names[0], names[1], local, members, seen_by)
-        return cls(None, names[0] if len(names) == 1 else names, local, members, seen_by)
+            found = cls(names[0], names[1], local)
+        else:
+            found = cls(None, names[0] if len(names) == 1 else names, local)
+        return dataclasses.replace(found, members=members, seen_by=seen_by)
 
     def describe(self, axis_sizes: Mapping[str, int] | None = None) -> str:
         """What a person can check: nodes, their ranks, and their devices where they were seen.

@@ -186,6 +186,59 @@ def combine(
     return round_to(out, out_dtype or y.dtype)
 
 
+def combine_two_level(
+    y: np.ndarray,
+    weights: np.ndarray | None,
+    plan: Plan,
+    ranks_per_node: int,
+    wire: np.dtype,
+    out_dtype: np.dtype | None = None,
+) -> np.ndarray:
+    """`combine` over nodes: a token's own node, plus the sum over the other nodes, ascending.
+
+    Each node's part is the ordered fma from +0; those that cross are rounded to `wire`.
+    """
+    wide, fma = (np.float64, fma64) if y.dtype == np.float64 else (np.float32, fma32)
+    num_ranks, tokens, k = plan.slot.shape
+    nodes = num_ranks // ranks_per_node
+    parts = np.zeros((num_ranks, tokens, nodes, *y.shape[2:]), wide)
+    for rank, t, j in np.ndindex(num_ranks, tokens, k):
+        if plan.slot[rank, t, j] >= 0:
+            node = plan.owner[rank, t, j] // ranks_per_node
+            row = y[plan.owner[rank, t, j], plan.slot[rank, t, j]].astype(wide)
+            w = wide(1) if weights is None else weights[rank, t, j].astype(wide)
+            parts[rank, t, node] = fma(w, row, parts[rank, t, node])
+    out = np.zeros((num_ranks, tokens, *y.shape[2:]), wide)
+    with np.errstate(all="ignore"):
+        for rank, t in np.ndindex(num_ranks, tokens):
+            own = rank // ranks_per_node
+            for node in range(nodes):
+                if node != own:
+                    crossed = round_to(parts[rank, t, node], wire).astype(wide)
+                    out[rank, t] = out[rank, t] + crossed
+            out[rank, t] = parts[rank, t, own] + out[rank, t]
+    return round_to(out, out_dtype or y.dtype)
+
+
+def crossings(plan: Plan, ranks_per_node: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """(rank, token) of the rows that cross, by source and destination node, in that order."""
+    num_ranks, tokens, k = plan.slot.shape
+    nodes = num_ranks // ranks_per_node
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {
+        (source, target): [] for source in range(nodes) for target in range(nodes)
+    }
+    for rank, t in np.ndindex(num_ranks, tokens):
+        own = rank // ranks_per_node
+        visited = {
+            int(plan.owner[rank, t, j]) // ranks_per_node
+            for j in range(k)
+            if plan.slot[rank, t, j] >= 0
+        }
+        for node in visited - {own}:
+            found[own, node].append((rank, t))
+    return found
+
+
 def combine_magnitude(y: np.ndarray, weights: np.ndarray, plan: Plan) -> np.ndarray:
     """`sum_j |w * y|` in float64: what rounding errors of a sum are measured against."""
     num_ranks, tokens, k = plan.slot.shape

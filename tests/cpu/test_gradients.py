@@ -14,7 +14,7 @@ from helpers import assert_same_bits, both, cases, per_rank
 
 import jax_fusco as jf
 from jax_fusco.mesh import Axis
-from jax_fusco.primitive import IMPLEMENTATIONS
+from jax_fusco.movers import IMPLEMENTATIONS
 
 
 def vjp_program(implementation, num_ranks, num_experts, capacity, alignment, weighted=True, **kw):
@@ -271,3 +271,15 @@ def test_a_plan_serves_a_second_use_in_backward(implementation):
     got = jax.grad(lambda x, w: jnp.sum(twice(x, w, ids) ** 2), (0, 1))(x, weights)
     want = jax.grad(lambda x, w: jnp.sum(dense(x, w, 2) ** 2), (0, 1))(x, weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+@both
+def test_gradients_without_experts(implementation):
+    """k = 0: tokens that choose nothing have a zero sum, and rows and weights zero cotangents."""
+    run = vjp_program(implementation, 2, 4, 3, 1)
+    ids = np.zeros((2, 5, 0), np.int32)
+    x, rows = np.ones((2, 5, 4), np.float32), np.ones((2, 3, 4), np.float32)
+    got = run(ids, x, rows, np.zeros(ids.shape, np.float32), rows, x)
+    jax.tree.map(
+        assert_same_bits, jax.device_get(got), (0 * x, 0 * rows, np.zeros((2, 5, 0), "f4"))
+    )

@@ -113,8 +113,18 @@ def plan(expert_ids=IDS, **changes):
         ({"alignment": "8"}, TypeError, "alignment: got '8', need an integer of at least 1"),
         (
             {"topology": "node"},
+            TypeError,
+            "topology: got str, need a jax_fusco.Topology",
+        ),
+        (
+            {"topology": jf.Topology("node", "expert")},
             ValueError,
-            "topology: got 'node', need None (nothing else is supported yet)",
+            "axis_name: got ('expert',), need ('node', 'expert') for this topology",
+        ),
+        (
+            {"topology": jf.Topology(None, "expert", 3)},
+            ValueError,
+            "ranks_per_node: got 3, need a divisor of the 4 ranks along 'expert'",
         ),
         (
             {"placement": 1},

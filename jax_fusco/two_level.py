@@ -1,0 +1,203 @@
+"""The row movers over several nodes: each row crosses between nodes once, in slices.
+
+`gather_rows`, `reduce_rows` and `gather_rows_weighted` as in `jax_fusco.movers`, from a `Crossing`.
+Rows cross in slices of a fixed number of rows for each pair of nodes, as many slices as the fullest
+pair needs. While one slice crosses, the next is packed and the one before is forwarded: the three
+do not depend on each other, so that XLA can run them side by side (FUSCO's pipeline, arXiv
+2512.22036). The loop over slices runs inside the custom_vjp, so that its length may depend on data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fusco.mesh import checked_axes, vary, varying_axes
+from jax_fusco.movers import Call, run
+from jax_fusco.plan import Crossing
+from jax_fusco.reference import from_words, to_words
+from jax_fusco.two_level_plan import Levels
+
+Array = jax.Array
+Arrays = tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slices:
+    """The blocks `[N, T, ...]` of a crossing cut into slices of `rows` rows of each block."""
+
+    crossing: Crossing
+    levels: Levels
+    rows: int
+
+    @classmethod
+    def of(cls, crossing: Crossing, row_bytes: int) -> _Slices:
+        tokens = crossing.pack_token.shape[1]
+        rows = crossing.topology.rows_of_slices(tokens, row_bytes)
+        return cls(crossing, Levels.of(crossing.topology), rows)
+
+    @property
+    def block(self) -> int:
+        """Rows of a block, in whole slices."""
+        return -(-self.crossing.pack_token.shape[1] // self.rows) * self.rows
+
+    def cut(self, blocks: Array, index: Array, empty: int) -> Array:
+        """Slice `index` of `blocks [N, T, ...]`, as `[N * rows, ...]`; `empty` for this node."""
+        node = jnp.arange(blocks.shape[0]).reshape((-1,) + (1,) * (blocks.ndim - 1))
+        blocks = jnp.where(node == self.levels.node.rank(), empty, blocks)
+        missing = [(0, 0)] * blocks.ndim
+        missing[1] = (0, self.block - blocks.shape[1])
+        blocks = jnp.pad(blocks, missing, constant_values=empty)
+        part = lax.dynamic_slice_in_dim(blocks, index * self.rows, self.rows, 1)
+        return part.reshape((blocks.shape[0] * self.rows, *part.shape[2:]))
+
+    def cross(self, part: Array) -> Array:
+        """Exchanges block n of `[N * rows, ...]` with node n."""
+        words = to_words(part)
+        blocks = words.reshape((self.levels.node.size, self.rows, *words.shape[1:]))
+        return from_words(self.levels.node.all_to_all(blocks).reshape(words.shape), part.dtype)
+
+    def pipeline(
+        self,
+        produce: Callable[[Array], Arrays],
+        consume: Callable[[Array, Arrays, Arrays], Arrays],
+        state: Arrays,
+    ) -> Arrays:
+        """`state` after `consume(i, cross(produce(i)), state)` for every slice i in turn.
+
+        `produce` and `consume` are also called for one slice too many, at either end.
+        """
+        everything = (produce(jnp.int32(0)), state)
+        axes = varying_axes(everything) | checked_axes(self.levels.node)
+        axes |= checked_axes(self.levels.local)
+
+        def step(i: Array, carry: tuple[Arrays, Arrays, Arrays]) -> tuple[Arrays, Arrays, Arrays]:
+            ready, arrived, state = carry
+            crossed = tuple(map(self.cross, ready))
+            return vary((produce(i + 1), crossed, consume(i - 1, arrived, state)), axes)
+
+        ready, state = vary(everything, axes)
+        slices = -(-self.crossing.most_rows // self.rows)
+        carry = (ready, jax.tree.map(jnp.zeros_like, ready), state)
+        _, arrived, state = lax.fori_loop(0, slices, step, carry)
+        return consume(slices - 1, arrived, state)
+
+
+def gather_rows(call: Call, rows: Arrays, crossing: Crossing) -> Arrays:
+    """Each token's row of each array to the token's slots."""
+    tokens, k = crossing.deliver_slot.shape[1:]
+    slices = _Slices.of(crossing, sum(x.nbytes // max(tokens, 1) for x in rows))
+    levels, height = slices.levels, slices.rows
+    gather = functools.partial(
+        run, call.implementation, "gather_rows", axis=levels.local, fanout=1, zero_tail=False
+    )
+    # Rows that come from other nodes are left (-2) to the slices.
+    filled = crossing.from_assignment >= 0
+    row = crossing.from_assignment // max(k, 1)
+    from_node, row = row // tokens, row % tokens
+    near = filled & (from_node == levels.node.rank())
+    empty = -1 if call.zero_tail else crossing.from_assignment
+    first = jnp.where(near, row, jnp.where(filled, -2, empty))
+    moved = gather(rows, crossing.from_rank, first)
+
+    def pack(i: Array) -> Arrays:
+        owner = slices.cut(crossing.pack_rank, i, -2)
+        return gather(rows, owner, slices.cut(crossing.pack_token, i, -2))
+
+    def forward(i: Array, arrived: Arrays, moved: Arrays) -> Arrays:
+        now = filled & ~near & (row // height == i)
+        source = jnp.where(now, from_node * height + row % height, -2)
+        return gather(arrived, crossing.from_rank, source, into=moved)
+
+    return slices.pipeline(pack, forward, moved)
+
+
+def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing) -> Array:
+    """The weighted sum over each token's slots: a partial sum on each node, then over nodes."""
+    nodes = crossing.deliver_slot.shape[0]
+    accumulator = jnp.promote_types(y.dtype, jnp.float32)
+    wire = accumulator if crossing.topology.wire_dtype == "float32" else y.dtype
+    row_bytes = jnp.dtype(wire).itemsize * (y.size // max(y.shape[0], 1))
+    slices = _Slices.of(crossing, row_bytes)
+    levels = slices.levels
+    reduce = functools.partial(run, call.implementation, "reduce_rows", axis=levels.local)
+    here = levels.node.rank()
+    own = reduce(
+        y, weights, crossing.deliver_rank[here], crossing.deliver_slot[here], out_dtype=accumulator
+    )
+    if weights is not None:
+        weights = _to_forwarders(call, weights, crossing, levels)
+
+    def partial_sums(i: Array) -> Arrays:
+        of_rows = None if weights is None else slices.cut(weights, i, 0)
+        target = slices.cut(crossing.deliver_rank, i, -1), slices.cut(crossing.deliver_slot, i, -1)
+        return (reduce(y, of_rows, *target, out_dtype=wire),)
+
+    def keep(i: Array, arrived: Arrays, returned: Arrays) -> Arrays:
+        part = arrived[0].reshape((nodes, slices.rows, *y.shape[1:]))
+        return (lax.dynamic_update_slice_in_dim(returned[0], part, i * slices.rows, 1),)
+
+    returned = jnp.zeros((nodes, slices.block, *y.shape[1:]), wire)
+    (returned,) = slices.pipeline(partial_sums, keep, (returned,))
+    block = jnp.arange(nodes, dtype=jnp.int32) * slices.block
+    at = jnp.where(crossing.rail_row >= 0, block + crossing.rail_row, -1)
+    returned = returned.reshape((nodes * slices.block, *y.shape[1:]))
+    others = reduce(returned, None, crossing.rail, at, out_dtype=accumulator)
+    return (own + others).astype(call.out_dtype)
+
+
+def gather_rows_weighted(
+    call: Call, g: Array, weights: Array, y: Array, crossing: Crossing
+) -> tuple[Array, Array]:
+    """Cotangents of `y` and `weights` in `reduce_rows`, from that of its result."""
+    nodes, tokens, k = crossing.deliver_slot.shape
+    levels = Levels.of(crossing.topology)
+    call = dataclasses.replace(call, zero_tail=True)
+    rows, scales = gather_rows(call, (g, weights), crossing)
+    assignment = crossing.from_assignment
+    scale = jnp.take_along_axis(scales, jnp.maximum(assignment, 0)[:, None] % k, 1)[:, 0]
+
+    def wide(x: Array) -> Array:
+        return x.astype(weights.dtype)
+
+    broadcast = (-1,) + (1,) * (y.ndim - 1)
+    filled = (assignment >= 0).reshape(broadcast)
+    dy = (wide(rows) * scale.reshape(broadcast)).astype(y.dtype)
+    dots = jnp.sum(wide(rows) * wide(jnp.where(filled, y, 0)), axis=tuple(range(1, y.ndim)))
+
+    # Each dot product lies where its row lies: to the forwarder, over the link, to the owner.
+    gather = functools.partial(
+        run, call.implementation, "gather_rows", axis=levels.local, fanout=1, zero_tail=True
+    )
+    target = crossing.deliver_rank.reshape(-1), crossing.deliver_slot.reshape(-1)
+    (back,) = gather((dots,), *target)
+    back = levels.node.all_to_all(back.reshape(nodes, tokens * k)).reshape(-1)
+    node = jnp.maximum(crossing.owner_node, 0)
+    near = node == levels.node.rank()
+    rail = jnp.where(near, levels.local.rank(), jnp.take_along_axis(crossing.rail, node, 1))
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    row = jnp.where(near, token, jnp.take_along_axis(crossing.rail_row, node, 1))
+    at = (node * tokens + row) * k + jnp.arange(k, dtype=jnp.int32)
+    at = jnp.where(crossing.owner_node >= 0, at, -1)
+    (home,) = gather((back,), rail.reshape(-1), at.reshape(-1))
+    return dy, home.reshape(weights.shape)
+
+
+def _to_forwarders(call: Call, weights: Array, crossing: Crossing, levels: Levels) -> Array:
+    """`[N, T, k]`: the weights of the rows that each block brings here."""
+    (packed,) = run(
+        call.implementation,
+        "gather_rows",
+        (weights,),
+        crossing.pack_rank.reshape(-1),
+        crossing.pack_token.reshape(-1),
+        axis=levels.local,
+        fanout=1,
+        zero_tail=True,
+    )
+    return levels.node.all_to_all(packed.reshape(crossing.deliver_slot.shape))

@@ -1,0 +1,248 @@
+"""The integers of a shuffle over several nodes: the flat plan, and how rows cross between nodes.
+
+No rank sees the whole routing. Counts go to the ranks that own the experts, which answer with where
+each cell begins; a second exchange tells each forwarder the slots of the rows that it will receive.
+Between nodes both are `all_to_all` over the node axis; inside a node the engine plans.
+
+N nodes of L ranks; rank = node * L + local. A token crosses to a node once, on a rail: row i of
+those from node s to node n, in the order of owner and token, takes rail `(i + s + n) % L` and is
+row `i // L` there (`jax_fusco.rails.balanced`; FUSCO's balancer, arXiv 2512.22036, pairs ranks
+instead). The rail of node n with the same local index receives it: the forwarder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fusco import rails, reference
+from jax_fusco.mesh import Axis, checked_axes, expert_axis, unshard, vary, varying_axes
+from jax_fusco.movers import make_integers, run
+from jax_fusco.plan import Crossing
+from jax_fusco.topology import Topology
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The two axes of a shuffle: the ranks of this node, and this rail's ranks on all nodes."""
+
+    local: Axis
+    node: Axis
+
+    @classmethod
+    def of(cls, topology: Topology) -> Levels:
+        """Those of the enclosing `jax.shard_map`; ValueError where its axes do not fit."""
+        axis = expert_axis(topology.axis_name)
+        nodes, ranks = topology.shape({name: lax.axis_size(name) for name in axis.names})
+        if topology.node_axis is not None:
+            return cls(expert_axis(topology.local_axis), expert_axis(topology.node_axis))
+        rank = [[node * ranks + local for local in range(ranks)] for node in range(nodes)]
+        same_node = tuple(map(tuple, rank))
+        same_local = tuple(zip(*rank, strict=True))
+        return cls(Axis(axis.names, ranks, same_node), Axis(axis.names, nodes, same_local))
+
+
+def plan(
+    implementation: str,
+    expert_ids: Array,
+    topology: Topology,
+    *,
+    axis: Axis,
+    num_experts: int,
+    capacity: int,
+    alignment: int,
+) -> tuple[tuple[Array, ...], Crossing]:
+    """The integers of the flat plan, in the order of the fields of `Plan`, and the crossing."""
+    levels = Levels.of(topology)
+    ids = unshard(expert_ids)
+    with jax.named_scope("slots"):
+        cells = _cells(implementation, ids, levels, num_experts, capacity, alignment)
+        owner_node = jnp.where(cells.slot >= 0, cells.slot_rank // levels.local.size, -1)
+    with jax.named_scope("rails"):
+        rails_of = _rails(implementation, owner_node, levels)
+    with jax.named_scope("forwarders"):
+        deliver_rank, deliver_slot, *origin = _forwarders(
+            implementation, cells, rails_of, levels, capacity
+        )
+        from_rank, from_assignment, source_rank, source = origin
+    integers = (
+        cells.group_sizes,
+        cells.expert_counts,
+        cells.slot,
+        cells.slot_rank,
+        source_rank,
+        source,
+        cells.num_dropped,
+        cells.num_invalid,
+        jnp.zeros(0, jnp.int32),  # a chain is for plans of one level
+    )
+    crossing = Crossing(
+        owner_node,
+        rails_of.pack_rank,
+        rails_of.pack_token,
+        rails_of.rail,
+        rails_of.rail_row,
+        deliver_rank,
+        deliver_slot,
+        from_rank,
+        from_assignment,
+        lax.pmax(rails_of.most_rows, axis.names),
+        topology,
+    )
+    return vary((integers, crossing), varying_axes(expert_ids) | checked_axes(axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cells:
+    """The flat plan's half that needs counts alone."""
+
+    group_sizes: Array
+    expert_counts: Array
+    slot: Array
+    slot_rank: Array
+    num_dropped: Array
+    num_invalid: Array
+
+
+def _cells(
+    implementation: str, ids: Array, levels: Levels, num_experts: int, capacity: int, alignment: int
+) -> _Cells:
+    """Slots of the assignments: a cell's begin comes from its owner, the place in it from here."""
+    nodes, ranks = levels.node.size, levels.local.size
+    # The rank's own assignments by expert, which is a plan for one rank.
+    alone = Axis((), 1)
+    _, counts, place, _, _, _, _, num_invalid, _ = make_integers(
+        implementation, ids, axis=alone, num_experts=num_experts, capacity=ids.size, alignment=1
+    )
+    expert = jnp.where(place >= 0, ids, 0)
+    place_in_cell = place - (jnp.cumsum(counts, dtype=jnp.int32) - counts)[expert]
+
+    table = counts.reshape(nodes, ranks, -1).swapaxes(0, 1)
+    table = levels.node.all_to_all(levels.local.all_to_all(table).swapaxes(0, 1))
+    wanted = table.reshape(nodes * ranks, -1).T  # [E_local, R]
+    kept = reference.water_fill(wanted, capacity, alignment)
+    begin, expert_counts, group_sizes = reference.lay_out(kept, alignment)
+
+    answer = jnp.stack([begin, kept]).transpose(2, 0, 1).reshape(nodes, ranks, 2, -1)
+    answer = levels.local.all_to_all(levels.node.all_to_all(answer).swapaxes(0, 1))
+    begin, limit = answer.transpose(2, 1, 0, 3).reshape(2, num_experts)
+    placed = (place >= 0) & (place_in_cell < limit[expert])
+    owner = expert // (num_experts // (nodes * ranks))
+    return _Cells(
+        group_sizes,
+        expert_counts,
+        jnp.where(placed, begin[expert] + place_in_cell, -1),
+        jnp.where(placed, owner, -1),
+        jnp.sum(wanted - kept, dtype=jnp.int32),
+        num_invalid,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rails:
+    """As in `Crossing`; `most_rows` of this node."""
+
+    pack_rank: Array
+    pack_token: Array
+    rail: Array
+    rail_row: Array
+    most_rows: Array
+
+
+def _rails(implementation: str, owner_node: Array, levels: Levels) -> _Rails:
+    """Rows for other nodes, given to rails in turn."""
+    nodes, ranks, tokens = levels.node.size, levels.local.size, owner_node.shape[0]
+    node = jnp.arange(nodes, dtype=jnp.int32)
+    here, local = levels.node.rank(), levels.local.rank()
+    visits = (owner_node[:, :, None] == node).any(1) & (node != here)  # [T, N]
+    counted = visits.astype(jnp.int32)
+    of_owners = levels.local.all_gather(counted.sum(0, dtype=jnp.int32))  # [L, N]
+    earlier = jnp.arange(ranks)[:, None] < local
+    position = jnp.where(earlier, of_owners, 0).sum(0, dtype=jnp.int32)
+    position = position + jnp.cumsum(counted, 0, dtype=jnp.int32) - counted
+    rail = rails.balanced_rail(position, here, node, ranks)
+    # Rows by rail, node, owner and token: what the engine plans where a rail's nodes are experts.
+    sizes, _, _, _, source_rank, source, *_ = make_integers(
+        implementation,
+        jnp.where(visits, rail * nodes + node, -1),
+        axis=levels.local,
+        num_experts=ranks * nodes,
+        capacity=(nodes - 1) * tokens,
+        alignment=1,
+    )
+    row = jnp.arange(tokens, dtype=jnp.int32)
+    at = (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)[:, None] + row
+    filled = row < sizes[:, None]
+    at = jnp.minimum(at, source.size - 1)
+    return _Rails(
+        jnp.where(filled, source_rank[at], -2),
+        jnp.where(filled, source[at] // nodes, -2),
+        jnp.where(visits, rail, -1),
+        jnp.where(visits, position // ranks, -1),
+        -(-of_owners.sum(0).max() // ranks),
+    )
+
+
+def _forwarders(
+    implementation: str, cells: _Cells, packed: _Rails, levels: Levels, capacity: int
+) -> tuple[Array, ...]:
+    """Tells forwarders the slots of the rows they get, and ranks where their rows lie.
+
+    Returns:
+      deliver_rank, deliver_slot, from_rank, from_assignment (as in `Crossing`), source_rank, source
+      (as in `Plan`).
+    """
+    (nodes, tokens), k = packed.pack_token.shape, cells.slot.shape[1]
+    ranks, local, here = levels.local.size, levels.local.rank(), levels.node.rank()
+    node = jnp.arange(nodes, dtype=jnp.int32)[:, None]
+    mine = node == here
+    owner = jnp.where(mine, local, packed.pack_rank).reshape(-1)
+    token = jnp.where(mine, jnp.arange(tokens, dtype=jnp.int32), packed.pack_token).reshape(-1)
+    slot_rank, slot = (
+        array.reshape(nodes, tokens, k)
+        for array in run(
+            implementation,
+            "gather_rows",
+            (cells.slot_rank, cells.slot),
+            owner,
+            token,
+            axis=levels.local,
+            fanout=1,
+            zero_tail=True,
+        )
+    )
+    rows = max(capacity, 1)
+    wanted = (token.reshape(nodes, tokens, 1) >= 0) & (slot >= 0)
+    wanted &= slot_rank // ranks == node[:, :, None]
+    target = jnp.where(wanted, slot_rank % ranks * rows + slot, -1)
+    sender = jnp.where(token >= 0, owner * tokens + token, -1).reshape(nodes, tokens, 1)
+    letters = levels.node.all_to_all(jnp.concatenate([target, sender], 2))
+
+    target = letters[:, :, :k]
+    everyone = levels.local.all_gather(letters)  # [L, N, T, k + 1]
+    targets = everyone[..., :k].reshape(-1)
+    for_me = (targets >= 0) & (targets // rows == local)
+    # Which assignment of which forwarder fills each of my rows: slots are distinct.
+    origin = jnp.full(capacity, -1, jnp.int32)
+    origin = origin.at[jnp.where(for_me, targets % rows, capacity)].set(
+        jnp.arange(targets.size, dtype=jnp.int32), mode="drop"
+    )
+    used = jnp.arange(capacity) < cells.group_sizes.sum()
+    empty = jnp.where(used, -1, -2)
+    filled = origin >= 0
+    block = nodes * tokens * k
+    sender = everyone[..., k].reshape(-1)[jnp.maximum(origin, 0) // k]
+    source_rank = origin % block // (tokens * k) * ranks + sender // tokens
+    return (
+        jnp.where(target >= 0, target // rows, -1),
+        jnp.where(target >= 0, target % rows, -1),
+        jnp.where(filled, origin // block, empty),
+        jnp.where(filled, origin % block, empty),
+        jnp.where(filled, source_rank, empty),
+        jnp.where(filled, sender % tokens * k + origin % k, empty),
+    )
