@@ -117,7 +117,7 @@ class Block(nnx.Module):
         """Where `__call__` without dropout sends `x[B, T, width]`: `[B, T, k]`."""
         moe = self.moe
         x = self.moe_norm(x + self.attention(self.attention_norm(x))).astype(jnp.float32)
-        kernel = moe.router_kernel[...].astype(jnp.float32)
+        kernel = moe.params()["router_kernel"].astype(jnp.float32)
         logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
         ids = moe.router(logits.reshape(-1, moe.num_experts), moe.top_k).expert_ids
         return ids.reshape(*x.shape[:-1], moe.top_k)

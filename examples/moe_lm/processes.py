@@ -85,20 +85,32 @@ class Processes:
         finally:
             done.set()
         multihost_utils.sync_global_devices("moe_lm: nobody watches any more")
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leaves the service before it ends: process 0, where it runs, is the last to go."""
+        if not self.first:
+            jax.distributed.shutdown()
+            return
+        while self._missing() != set(range(1, self.count)):
+            time.sleep(0.1)
+
+    def _missing(self) -> set[int]:
+        """Those who have gone, as soon as everyone else has asked too."""
+        try:
+            with multihost_utils.live_devices(jax.devices()) as live:
+                return set(range(self.count)) - {device.process_index for device in live}
+        except multihost_utils.ProcessFailureError as error:
+            return {device.process_index for device in error.failed_devices}
 
     def _watch(self, done: threading.Event, remedy: str) -> None:
-        """Asks who is there, which waits for everyone who is and still watches."""
+        """Ends this process when another has gone."""
         while not done.is_set():
             try:
-                with multihost_utils.live_devices(jax.devices()) as live:
-                    missing = set(range(self.count)) - {device.process_index for device in live}
-            except multihost_utils.ProcessFailureError as error:
-                missing = {device.process_index for device in error.failed_devices}
+                missing = self._missing()
             except Exception:
                 return  # the service has gone, and JAX says so
-            if done.is_set():
-                return
-            if missing:
+            if missing and not done.is_set():
                 self._end(sorted(missing), remedy)
             time.sleep(_WATCH_SECONDS)
 

@@ -132,9 +132,12 @@ class Trainer:
         """
         sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
         tail = read(0, 1).shape[1:]
-        return jax.make_array_from_callback(
-            (rows, *tail), sharding, lambda index: read(*index[0].indices(rows)[:2])
-        )
+
+        def shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            return read(start, stop)
+
+        return jax.make_array_from_callback((rows, *tail), sharding, shard)
 
     def put(self, batch: np.ndarray) -> jax.Array:
         """`batch`, which every process has, spread over all devices by its rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,32 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from example_run import SCRIPT, STEPS, TINY, checkpoint, losses, metrics, write_text
 
 import jax_fusco
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_moe_lm.py"
-STEPS = 60
-# Room for everything, so that another mesh drops no other assignments.
-TINY = [
-    *("--layers=1", "--width=32", "--heads=2", "--experts=8", "--expert-width=32", "--dropout=0.1"),
-    *("--context=32", "--batch=8", "--eval-every=20", "--eval-batches=1", "--sample-bytes=24"),
-    *("--warmup=4", "--learning-rate=0.01", "--capacity-factor=0", "--max-minutes=0"),
-    f"--steps={STEPS}",
-]
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small, predictable files."""
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(20):
-        lines = [f"def f{i}_{j}(x):\n    return x + {j}\n" for j in range(20)]
-        (folder / f"m{i:02}.py").write_text("\n".join(lines))
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def arguments(text: Path, output: Path, *more: str) -> list[str]:
@@ -67,24 +52,6 @@ def succeed(text: Path, output: Path, *more: str) -> str:
     done = train(text, output, *more)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output: Path) -> list[float]:
-    return [line["loss"] for line in metrics(output) if "loss" in line]
-
-
-def checkpoint(output: Path) -> dict[str, np.ndarray]:
-    """The arrays of the last checkpoint by their paths."""
-    folder = (output / "checkpoints" / str(STEPS) / "state").absolute()
-    with ocp.StandardCheckpointer() as reader:
-        shapes = reader.metadata(folder).item_metadata
-        empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        leaves = jax.tree.leaves_with_path(reader.restore(folder, empty))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def started(text: Path, output: Path, *more: str) -> subprocess.Popen[str]:
@@ -236,6 +203,45 @@ def test_bad_arguments_get_one_sentence(
     done = train(text, tmp_path, *options)
     assert done.returncode == 2
     assert done.stderr == f"Error: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--topology=2x0"], "--topology: '2x0' is not NODESxRANKS, such as 2x4."),
+        (["--topology=2x2", "--mesh=1x4"], "--mesh: got it and --topology, need one of them."),
+        (
+            ["--topology=2x4", "--devices=4"],
+            "--devices: 4 is not the 8 ranks of --topology 2x4.",
+        ),
+        (["--topology=3x2"], "--experts: 8 cannot be divided over the mesh's 6 expert ranks."),
+        (["--processes=2"], "--processes: got it without --coordinator."),
+        (["--distributed"], "--topology: got nothing, and several processes need it."),
+        (
+            ["--coordinator=host", "--processes=2", "--process=0", "--topology=2x2"],
+            "--coordinator: 'host' is not HOST:PORT.",
+        ),
+        (
+            ["--coordinator=host:1234", "--processes=3", "--process=0", "--topology=2x2"],
+            "--processes: 3 processes are not one for each of the 2 nodes of --topology.",
+        ),
+        (
+            ["--coordinator=host:1234", "--processes=2", "--process=2", "--topology=2x2"],
+            "--process: 2 is not one of 0 to 1.",
+        ),
+        (["--save-routing=/"], "--save-routing: / is a folder, and a file is needed."),
+        (["--layers=1", "--routing-layer=1"], "--routing-layer: 1 is not one of 0 to 0."),
+    ],
+)
+def test_bad_arguments_of_several_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import train_moe_lm  # type: ignore[import-not-found]
+
+    with pytest.raises(click.ClickException) as raised:
+        train_moe_lm.command.main([f"--output={tmp_path / 'run'}", *options], standalone_mode=False)
+    assert raised.value.format_message() == sentence
 
 
 def test_other_options_do_not_continue_a_run(text: Path, whole: Path) -> None:

@@ -1,0 +1,144 @@
+"""examples/train_moe_lm.py as a job of two processes: interrupted, killed, and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from example_run import SCRIPT, STEPS, TINY, losses, metrics, write_text
+from launch import Done, Job, environment, free_port
+
+from jax_fusco.cli import main as jax_fusco_command
+
+HEARTBEAT = 4
+OPTIONS = [*TINY, "--topology=2x2", "--save-every=10", f"--heartbeat={HEARTBEAT}"]
+# Most of the time goes into compiling.
+ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+def arguments(text: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *(str(SCRIPT), f"--data={text}", f"--output={output}", *OPTIONS),
+        *(f"--save-routing={output / 'routing.npz'}", *more),
+    ]
+
+
+@contextlib.contextmanager
+def two_processes(text: Path, output: Path, logs: Path) -> Iterator[Job]:
+    with free_port() as port:
+        each = [
+            arguments(
+                text, output, f"--coordinator=localhost:{port}", "--processes=2", f"--process={i}"
+            )
+            for i in range(2)
+        ]
+        with Job(each, folder=logs, env=environment(**ENVIRONMENT)) as job:
+            yield job
+
+
+def interrupt(job: Job, output: Path, step: int, victim: int, number: int) -> list[Done]:
+    """Sends a process a signal once a step is done, and waits for everyone's end."""
+    job.until(lambda: steps_done(output) >= step, timeout=200)
+    job.processes[victim].send_signal(number)
+    return job.wait(timeout=250, check=False)
+
+
+def steps_done(output: Path) -> int:
+    log = output / "metrics.jsonl"
+    return len(losses(output)) if log.exists() and log.read_text().endswith("\n") else 0
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the same topology in one process, which nothing interrupts."""
+    output = tmp_path_factory.mktemp("alone")
+    printed = run_alone(arguments(text, output))
+    assert "mesh: data 1 x node 2 x expert 2" in printed
+    return output
+
+
+def run_alone(arguments: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment(**ENVIRONMENT),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_like_one_through_a_stop_and_a_kill(
+    text: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+
+    # A polite signal to one of them: both end after the same step, which is saved.
+    with two_processes(text, output, tmp_path / "stopped") as job:
+        stopped = interrupt(job, output, 5, 1, signal.SIGTERM)
+    assert [done.returncode for done in stopped] == [143, 143], stopped
+    step = len(losses(output))
+    assert f"Stopped by SIGTERM at step {step} of {STEPS}" in stopped[0].stdout
+    assert (output / "checkpoints" / str(step)).is_dir()
+    assert "text:" not in stopped[1].stdout
+    assert "process 1 of 2; process 0, the leader, is on " in stopped[1].stderr
+
+    # A kill: the other says who is missing, within its time-out.
+    with two_processes(text, output, tmp_path / "killed") as job:
+        killed = interrupt(job, output, max(step + 3, 23), 1, signal.SIGKILL)
+    assert [done.returncode for done in killed] == [1, -signal.SIGKILL], killed
+    assert killed[0].seconds - killed[1].seconds < 3 * HEARTBEAT
+    assert f"resuming from step {step} of {STEPS}" in killed[0].stdout
+    last_line = killed[0].stderr.splitlines()[-1]
+    assert last_line.startswith("Error: process 1 (on ")
+    assert f"has gone: it ended, or sent no heartbeat for {HEARTBEAT} s. Start all" in last_line
+    assert steps_done(output) < STEPS
+
+    # All again: it goes on to the end.
+    with two_processes(text, output, tmp_path / "finished") as job:
+        finished = job.wait(timeout=250)
+    assert "resuming from step" in finished[0].stdout
+    assert "Error" not in finished[0].stderr + finished[1].stderr
+    np.testing.assert_allclose(losses(output), losses(alone), rtol=1e-4)
+    np.testing.assert_allclose(losses(output)[:5], losses(alone)[:5], rtol=1e-6)
+    assert [line["step"] for line in metrics(output)] == [line["step"] for line in metrics(alone)]
+    assert (output / "sample.txt").exists()
+    ours, theirs = np.load(output / "routing.npz"), np.load(alone / "routing.npz")
+    assert ours["expert_ids"].shape == (4, 64, 2)
+    assert (ours["expert_ids"] == theirs["expert_ids"]).mean() > 0.99
+
+    # One process, with another mesh, goes on from what two have saved.
+    sample = (output / "sample.txt").read_text()
+    again = run_alone([str(SCRIPT), f"--data={text}", f"--output={output}", *TINY])
+    assert f"resuming from step {STEPS} of {STEPS}" in again
+    assert "mesh: data 1 x expert 4" in again
+    assert (output / "sample.txt").read_text() == sample
+
+
+def test_a_saved_routing_is_what_the_ledger_reads(alone: Path) -> None:
+    file = str(alone / "routing.npz")
+    counted = CliRunner().invoke(
+        jax_fusco_command, ["ledger", file, "--ranks-per-node=2", "--row-bytes=128"]
+    )
+    assert counted.exit_code == 0, counted.output
+    assert "2 nodes of 2 ranks, 64 tokens a rank, rows of 128 bytes: 512 assig" in counted.output
+    with np.load(file, allow_pickle=False) as routing:
+        assert sorted(routing) == ["expert_ids", "layer", "num_experts", "step"]
+        assert [int(routing[name]) for name in ("layer", "num_experts", "step")] == [0, 8, STEPS]
+        assert routing["expert_ids"].dtype == np.int32
+    assert sorted(path.name for path in alone.glob("routing*")) == ["routing.npz"]
