@@ -16,6 +16,7 @@ from jax_fusco.flax.experts import ACTIVATIONS, dense_ffn, expert_ffn
 from jax_fusco.flax.metrics import MoEMetrics, measure
 from jax_fusco.flax.router import Router
 from jax_fusco.mesh import AxisName, expert_axis, vary, varying_axes
+from jax_fusco.topology import Topology
 
 Params = Mapping[str, jax.Array]
 
@@ -31,6 +32,7 @@ class LayerConfig:
     capacity_factor: float | None
     alignment: int
     implementation: Implementation
+    topology: Topology | None
     dtype: Any
 
 
@@ -97,6 +99,7 @@ def moe_layer(
         capacity=capacity,
         alignment=config.alignment,
         implementation=config.implementation,
+        topology=None if axes.expert is None else config.topology,
     )
     # Undefined, not zero: grouped_matmul masks the rows past the last group.
     rows = jf.dispatch(x, plan, padding="undefined")

@@ -20,6 +20,7 @@ from jax_fusco.flax.router import BalanceBias, Router, SoftmaxRouter
 from jax_fusco.flax.sharding import Entries, Layout, axis_names, resolve, run_sharded
 from jax_fusco.mesh import AxisName
 from jax_fusco.plan import whole
+from jax_fusco.topology import Topology
 
 default_kernel_init = nnx.initializers.lecun_normal()
 default_bias_init = nnx.initializers.zeros_init()
@@ -89,6 +90,7 @@ class MoE(nnx.Module):
       token_axes: mesh axes that tokens are sharded over; None: all but `model_axis`.
       model_axis: mesh axis that hidden features are sharded over, or None.
       implementation: of the shuffle, as in `jax_fusco.make_plan`.
+      topology: of the ranks of `axis_name`, as in `jax_fusco.make_plan`.
       rngs: rng key.
 
     Raises:
@@ -117,6 +119,7 @@ class MoE(nnx.Module):
         token_axes: str | tuple[str, ...] | None = None,
         model_axis: str | None = None,
         implementation: Implementation = None,
+        topology: Topology | None = None,
         rngs: nnx.Rngs,
     ):
         self.features = whole("features", features, 1)
@@ -145,6 +148,11 @@ class MoE(nnx.Module):
         self.implementation = (
             tuple(implementation) if isinstance(implementation, list) else implementation
         )
+        if topology is not None and topology.axis_name != axis_names(axis_name):
+            raise ValueError(
+                f"axis_name: got {axis_name!r}, need {topology.axis_name} for this topology"
+            )
+        self.topology = topology
         self._create_params(kernel_init, bias_init, rngs)
 
     def _param_entries(self) -> dict[str, Entries]:
@@ -275,6 +283,7 @@ class MoE(nnx.Module):
             capacity_factor=self.capacity_factor,
             alignment=self.alignment,
             implementation=self.implementation,
+            topology=self.topology,
             dtype=jnp.dtype(self.dtype or jnp.result_type(x, params["wi_kernel"])),
         )
         entries = tuple(self._param_entries().items())

@@ -229,6 +229,19 @@ def test_experts_over_two_axes_and_tokens_over_chosen_axes() -> None:
     assert_equals_dense(moe, mesh, tokens_of(4, 6, 12))
 
 
+@AXIS_TYPES
+def test_over_nodes(axis_type: AxisType) -> None:
+    mesh = make_mesh({"data": 2, "node": 2, "expert": 2}, axis_type=axis_type)
+    moe = block(axis_name=("node", "expert"), topology=jf.Topology())
+    assert_equals_dense(moe, mesh, tokens_of(3, 5, 12))
+    assert_equals_dense(moe, make_mesh({"node": 1, "expert": 4}), tokens_of(3, 5, 12))
+
+
+def test_a_topology_without_a_mesh_is_one_device() -> None:
+    moe, x = block(axis_name=("node", "expert"), topology=jf.Topology()), tokens_of(5, 12)
+    assert_close(jax.device_get(moe(x)[0]), dense(moe.params(), x, moe.router, 2)[0])
+
+
 def test_every_rank_may_hold_all_experts() -> None:
     assert_equals_dense(block(axis_name=None), make_mesh({"data": 4}), tokens_of(4, 6, 12))
 
@@ -435,6 +448,11 @@ def test_undefined_rows_never_spread(activation: str, monkeypatch: pytest.Monkey
             {"axis_name": "experts", "mesh": make_mesh({"data": 2, "expert": 2})},
             ValueError,
             "axis_name: got 'experts', need an axis of the mesh (data, expert) or None",
+        ),
+        (
+            {"topology": jf.Topology()},
+            ValueError,
+            "axis_name: got 'expert', need ('node', 'expert') for this topology",
         ),
         (
             {"token_axes": "data", "mesh": make_mesh({"data": 2, "expert": 2})},
