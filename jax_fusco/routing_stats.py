@@ -207,7 +207,10 @@ class RoutingStats:
         else:
             ids = np.asarray(expert_ids)
             if ids.dtype.kind in "iu":  # before int64 loses its upper half
-                ids = np.clip(ids, -1, self.num_experts).astype(np.int32)
+                valid = (ids >= 0) & (ids < self.num_experts)
+                small = np.full(ids.shape, -1, np.int32)
+                small[valid] = ids[valid]
+                ids = small
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"expert_ids: got dtype {ids.dtype}, need an integer dtype")
         if not ids.ndim:
@@ -216,7 +219,7 @@ class RoutingStats:
             raise ValueError(
                 f"expert_ids: got shape {ids.shape}, need at most {_MOST_TOKENS} tokens an update"
             )
-        return jnp.asarray(ids)
+        return jnp.asarray(ids).astype(jnp.int32)
 
 
 def _whole_numbers(limbs: Any) -> np.ndarray:
@@ -252,6 +255,7 @@ def _hits(ids: jax.Array, num_experts: int) -> jax.Array:
     return (ids[:, :, None] == jnp.arange(num_experts, dtype=ids.dtype)).sum(1, dtype=jnp.int32)
 
 
+@jax.jit
 def _merge(stats: RoutingStats, other: RoutingStats) -> RoutingStats:
     """Each slot keeps either token with the probability of its share: a reservoir of one."""
     weight = stats.sample_weight + other.sample_weight
