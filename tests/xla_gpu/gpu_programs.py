@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 import jax_fusco as jf
 from jax_fusco.bench.rivals import Ring, Sizes
 
-ROWS = P("expert")
 TARGET = pathlib.Path(__file__).parent / "h100.txtpb"
 # NVLink domains x hosts in one x GPUs of a host.
 TOPOLOGIES = {1: "1x1x1", 8: "1x1x8", 64: "8x1x8"}
@@ -32,6 +31,14 @@ def make_mesh(num_gpus: int) -> Mesh:
     return topologies.make_mesh(topology, (num_gpus,), ("expert",))
 
 
+def make_node_mesh() -> Mesh:
+    """Eight servers of eight H100s, an axis for each level."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology=TOPOLOGIES[64]
+    )
+    return topologies.make_mesh(topology, (8, 8), ("node", "expert"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """Sizes of a layer, by default Qwen3-30B-A3B's, and how it is shuffled."""
@@ -42,10 +49,15 @@ class Layer:
     experts: int = 128
     features: int = 2048
     implementation: str = "fused"  # or "xla" or "ring"
+    topology: jf.Topology | None = None
 
     @property
     def capacity(self) -> int:
         return jf.capacity(self.tokens, self.k, self.experts, self.ranks, 1.25)
+
+    @property
+    def axis_name(self) -> str | tuple[str, ...]:
+        return "expert" if self.topology is None else self.topology.axis_name
 
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         if self.implementation == "ring":
@@ -58,19 +70,21 @@ class Layer:
             return ring.combine(rows, weights, plan).astype(x.dtype)
         plan = jf.make_plan(
             ids,
-            axis_name="expert",
+            axis_name=self.axis_name,
             num_experts=self.experts,
             capacity=self.capacity,
+            topology=self.topology,
             implementation=self.implementation,
         )
         return jf.combine(2 * jf.dispatch(x, plan), weights, plan)
 
     def arguments(self, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Global shapes of x, ids and weights."""
+        sharding = NamedSharding(mesh, P(self.axis_name))
 
         def shape(*row: int, dtype: Any) -> jax.ShapeDtypeStruct:
             rows = self.ranks * self.tokens
-            return jax.ShapeDtypeStruct((rows, *row), dtype, sharding=NamedSharding(mesh, ROWS))
+            return jax.ShapeDtypeStruct((rows, *row), dtype, sharding=sharding)
 
         return (
             shape(self.features, dtype=jnp.bfloat16),
@@ -80,8 +94,9 @@ class Layer:
 
 
 def forward(layer: Layer, mesh: Mesh) -> Callable[..., jax.Array]:
+    spec = P(layer.axis_name)
     return jax.shard_map(
-        layer, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=layer.implementation != "ring"
+        layer, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=layer.implementation != "ring"
     )
 
 

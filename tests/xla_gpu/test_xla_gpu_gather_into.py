@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu_programs import ROWS, compiled, custom_calls, make_mesh, unwanted
+from gpu_programs import compiled, custom_calls, make_mesh, unwanted
 from jax import lax
 from jax.sharding import NamedSharding
 
@@ -37,13 +37,13 @@ def test_slices_fill_one_array_in_place(num_gpus):
 
     def array(rows, *row, dtype):
         return jax.ShapeDtypeStruct(
-            (num_gpus * rows, *row), dtype, sharding=NamedSharding(mesh, ROWS)
+            (num_gpus * rows, *row), dtype, sharding=NamedSharding(mesh, jax.P("expert"))
         )
 
     ints = [array(640, dtype=jnp.int32)] * 3 + [array(1, dtype=jnp.int32)]
     x = [array(256, 2048, dtype=jnp.bfloat16), array(256, dtype=jnp.float32)]
     out = [array(640, 2048, dtype=jnp.bfloat16), array(640, dtype=jnp.float32)]
-    function = jax.shard_map(fill, mesh=mesh, in_specs=ROWS, out_specs=ROWS)
+    function = jax.shard_map(fill, mesh=mesh, in_specs=jax.P("expert"), out_specs=jax.P("expert"))
     program = compiled(function, (*ints, *x, *out))
     text = program.as_text()
     assert custom_calls(text) == {"gather_rows": 1}

@@ -1,0 +1,98 @@
+"""What the real XLA:GPU makes of a shuffle over 8 servers of 8 H100s."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from gpu_programs import Layer, compiled, custom_calls, forward, make_node_mesh, train
+from rich.console import Console
+from rich.table import Table
+
+import jax_fusco as jf
+
+TOKENS, WIDTH = 4096, 2048
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Compiled forward and backward, by name."""
+    mesh = make_node_mesh()
+    layer = Layer(64, topology=jf.Topology())
+    return {
+        name: compiled(program(layer, mesh), layer.arguments(mesh))
+        for name, program in (("forward", forward), ("train", train))
+    }
+
+
+def bodies_with_exchanges(text):
+    """Lines of each loop body that exchanges rows, in the order of the schedule."""
+    names = set(re.findall(r"body=%([\w.\-]+)", text))
+    for name in names:
+        opening = re.search(rf"^%{re.escape(name)} .*\{{$", text, re.MULTILINE)
+        assert opening
+        lines = text[opening.end() : text.index("\n}", opening.end())].splitlines()
+        if any("all-to-all-start(" in line for line in lines):
+            yield lines
+
+
+@pytest.mark.parametrize(
+    ("name", "movers"),
+    [
+        ("forward", [{"gather_rows": 2}, {"reduce_rows": 1}]),
+        ("train", [{"gather_rows": 2}, {"gather_rows": 2}, {"reduce_rows": 1}, {"reduce_rows": 1}]),
+    ],
+)
+def test_a_slice_crosses_while_its_neighbours_are_packed_and_forwarded(programs, name, movers):
+    """The schedule puts all local movers of a slice between the exchange's start and its end."""
+    between = []
+    for lines in bodies_with_exchanges(programs[name].as_text()):
+        wide = [line if f",{WIDTH}]" in line else "" for line in lines]  # weights cross too
+        (start,) = (n for n, line in enumerate(wide) if "all-to-all-start(" in line)
+        (end,) = (n for n, line in enumerate(wide) if "all-to-all-done(" in line)
+        between.append(dict(custom_calls("\n".join(lines[start:end]))))
+        assert between[-1] == dict(custom_calls("\n".join(lines)))
+    assert sorted(between, key=str) == sorted(movers, key=str)
+
+
+@pytest.mark.parametrize("name", ["forward", "train"])
+def test_nothing_is_gathered_over_nodes(programs, name):
+    """Over the slow link go all-to-alls, and one number that tells how many slices there are."""
+    text = programs[name].as_text()
+    gathered = [
+        line for line in text.splitlines() if re.search(r"= .*\ball-gather(-start)?\(", line)
+    ]
+    assert gathered
+    assert all("{'expert'}" in line for line in gathered), gathered
+    assert not re.search(
+        r"\b(ragged-all-to-all|collective-permute|reduce-scatter)(-start)?\(", text
+    )
+    reduced = re.findall(r"= (\S+) all-reduce\(|= \(\((\S+)\), \S+\) all-reduce-start\(", text)
+    assert all("".join(shape).startswith("s32[]") for shape in reduced), reduced
+
+
+def test_memory_is_by_formula(programs, capsys):
+    """Rows, sums as they come back from the nodes, sums in float32, and slices under way."""
+    layer, nodes, row = Layer(64), 8, 2 * WIDTH
+    slice_rows = jf.Topology().rows_of_slices(TOKENS, row)
+    parts = {
+        "rows [C, d]": layer.capacity * row,
+        "partial sums that came back [N, T, d]": nodes * TOKENS * row,
+        "sums of this node and of the others, float32 [T, d]": 2 * TOKENS * 4 * WIDTH,
+        "slices packed, crossing, arrived [N, slice, d]": 3 * nodes * slice_rows * row,
+    }
+    table = Table(title=f"MB, 8 x 8 GPUs x {TOKENS} tokens, capacity factor 1.25")
+    table.add_column("forward")
+    table.add_column("", justify="right")
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 1e6:.1f}")
+    found = {
+        name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()
+    }
+    table.add_row("in all", f"{sum(parts.values()) / 1e6:.1f}")
+    for name, size in found.items():
+        table.add_row(f"XLA's temporaries, {name}", f"{size / 1e6:.1f}")
+    with capsys.disabled():
+        Console().print(table)
+    assert found["forward"] <= 1.05 * sum(parts.values())
+    assert found["train"] <= 1.05 * sum(parts.values()) + layer.capacity * row
