@@ -35,14 +35,15 @@ def water_fill(counts: jax.Array, capacity: int, alignment: int) -> jax.Array:
     def padded(level: jax.Array) -> jax.Array:
         return _round_up(jnp.minimum(counts, level).sum(1), alignment)
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # `low` fits; nothing above `high` is needed
         middle = low + (high - low + 1) // 2
         fits = padded(middle).sum() <= capacity
         return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
 
     highest = counts.max(initial=0)
-    level, _ = lax.fori_loop(0, 32, halve, (jnp.zeros_like(highest), highest))
+    low = jnp.where(padded(highest).sum() <= capacity, highest, 0)  # most often nothing is cut
+    level, _ = lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, (low, highest))
     kept = jnp.minimum(counts, level)
     # One row more: first into the padding that a group has anyway, then into blocks of `alignment`
     # rows as long as there are any, groups in order.

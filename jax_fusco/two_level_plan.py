@@ -59,6 +59,11 @@ def plan(
 ) -> tuple[tuple[Array, ...], Crossing]:
     """The integers of the flat plan, in the order of the fields of `Plan`, and the crossing."""
     levels = Levels.of(topology)
+    if levels.local.size << _bits(capacity) >= 2**31 or axis.size * expert_ids.size >= 2**31:
+        raise ValueError(
+            f"capacity: got {capacity} rows for {levels.local.size} ranks of a node and "
+            f"{axis.size * expert_ids.size} assignments, need fewer than 2**31 in a node and in all"
+        )
     ids = unshard(expert_ids)
     with jax.named_scope("slots"):
         cells = _cells(implementation, ids, levels, num_experts, capacity, alignment)
@@ -188,6 +193,11 @@ def _rails(implementation: str, owner_node: Array, levels: Levels) -> _Rails:
     )
 
 
+def _bits(capacity: int) -> int:
+    """Bits that hold a slot."""
+    return max(capacity - 1, 0).bit_length()
+
+
 def _forwarders(
     implementation: str, cells: _Cells, packed: _Rails, levels: Levels, capacity: int
 ) -> tuple[Array, ...]:
@@ -216,33 +226,47 @@ def _forwarders(
             zero_tail=True,
         )
     )
-    rows = max(capacity, 1)
     wanted = (token.reshape(nodes, tokens, 1) >= 0) & (slot >= 0)
     wanted &= slot_rank // ranks == node[:, :, None]
-    target = jnp.where(wanted, slot_rank % ranks * rows + slot, -1)
+    # One number for rank and slot, the slot in the low bits: no division takes them apart.
+    bits = _bits(capacity)
+    target = jnp.where(wanted, slot_rank % ranks << bits | slot, -1)
     sender = jnp.where(token >= 0, owner * tokens + token, -1).reshape(nodes, tokens, 1)
     letters = levels.node.all_to_all(jnp.concatenate([target, sender], 2))
 
     target = letters[:, :, :k]
-    everyone = levels.local.all_gather(letters)  # [L, N, T, k + 1]
-    targets = everyone[..., :k].reshape(-1)
-    for_me = (targets >= 0) & (targets // rows == local)
-    # Which assignment of which forwarder fills each of my rows: slots are distinct.
-    origin = jnp.full(capacity, -1, jnp.int32)
-    origin = origin.at[jnp.where(for_me, targets % rows, capacity)].set(
-        jnp.arange(targets.size, dtype=jnp.int32), mode="drop"
+    deliver_rank = target >> bits  # arithmetic: -1 stays -1
+    deliver_slot = jnp.where(target >= 0, target & ((1 << bits) - 1), -1)
+    # The assignments that come to me, in any order: a plan where each rank is one expert. Then each
+    # to its slot.
+    *_, from_rank, from_assignment, _, _, _ = make_integers(
+        implementation,
+        deliver_rank.reshape(-1, k),
+        axis=levels.local,
+        num_experts=ranks,
+        capacity=capacity,
+        alignment=1,
     )
-    used = jnp.arange(capacity) < cells.group_sizes.sum()
-    empty = jnp.where(used, -1, -2)
-    filled = origin >= 0
-    block = nodes * tokens * k
-    sender = everyone[..., k].reshape(-1)[jnp.maximum(origin, 0) // k]
-    source_rank = origin % block // (tokens * k) * ranks + sender // tokens
-    return (
-        jnp.where(target >= 0, target // rows, -1),
-        jnp.where(target >= 0, target % rows, -1),
-        jnp.where(filled, origin // block, empty),
-        jnp.where(filled, origin % block, empty),
-        jnp.where(filled, source_rank, empty),
-        jnp.where(filled, sender % tokens * k + origin % k, empty),
+    sender = jnp.broadcast_to(letters[:, :, k:], target.shape)
+    (arrival,) = run(
+        implementation,
+        "gather_rows",
+        (jnp.stack([deliver_slot.reshape(-1), sender.reshape(-1)], 1),),
+        from_rank,
+        from_assignment,
+        axis=levels.local,
+        fanout=1,
+        zero_tail=True,
     )
+    number = jnp.arange(capacity, dtype=jnp.int32)
+    at = jnp.where(from_assignment >= 0, arrival[:, 0], capacity)
+    number = jnp.full(capacity, -1, jnp.int32).at[at].set(number, mode="drop")
+    filled = number >= 0
+    number = jnp.maximum(number, 0)
+    empty = jnp.where(jnp.arange(capacity) < cells.group_sizes.sum(), -1, -2)
+    from_rank, from_assignment = from_rank[number], from_assignment[number]
+    sender = arrival[:, 1][number]
+    source_rank = from_assignment // (tokens * k) * ranks + sender // tokens
+    source = sender % tokens * k + from_assignment % k
+    results = (from_rank, from_assignment, source_rank, source)
+    return deliver_rank, deliver_slot, *(jnp.where(filled, x, empty) for x in results)
