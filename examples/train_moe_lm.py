@@ -84,10 +84,12 @@ def run(options: dict[str, Any]) -> str | None:
 
     from moe_lm.processes import Processes, join
 
+    from jax_fusco import Topology
+
     processes = join(options) if several else Processes()
     if several:
         check_count(processes.count, axes)
-    options["expert_axes"] = tuple(axes)[1:]
+    options = {**options, "topology": Topology() if options["topology"] else None}
     folder = options["output"]
     facts = {"options": identity(options), "text": corpus.fingerprint}
     with processes.watching(f"Start all again: the run goes on from what {folder} holds."):
@@ -196,7 +198,7 @@ def identity(options: dict[str, Any]) -> dict[str, Any]:
     from moe_lm.training import TrainConfig
 
     values = {**asdict(select(ModelConfig, options)), **asdict(select(TrainConfig, options))}
-    free = ("steps", "implementation", "expert_axes")
+    free = ("steps", "implementation", "topology")
     return {name: values[name] for name in values if name not in free}
 
 
@@ -217,8 +219,11 @@ def describe(
         f"{options['experts']} experts of which {options['top_k']} a byte",
         f"mesh: {mesh}, shuffle: {options['implementation'] or 'best available'}",
     ]
-    if processes > 1:
-        lines.append(f"processes: {processes}")
+    if options["topology"]:
+        nodes = options["topology"].describe(trainer.mesh.shape).partition("\n")[0]
+        lines.append(
+            f"topology: {nodes}, in {'one process' if processes == 1 else 'a process each'}"
+        )
     if progress.step:
         lines.append(f"resuming from step {progress.step} of {options['steps']}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_fusco import Topology
 from jax_fusco.flax import MoE
 
 VOCABULARY = 256
@@ -18,8 +19,8 @@ VOCABULARY = 256
 class ModelConfig:
     """Sizes of the transformer, and how experts shuffle.
 
-    `expert_axes` are the mesh axes that experts lie along; `implementation` names the shuffle's
-    implementation or is None.
+    Experts lie along the axes of `topology`, or along "expert" where it is None; `implementation`
+    names the shuffle's implementation or is None.
     """
 
     context: int
@@ -33,7 +34,7 @@ class ModelConfig:
     capacity_factor: float | None
     dropout: float
     implementation: str | None
-    expert_axes: tuple[str, ...] = ("expert",)
+    topology: Topology | None = None
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -100,7 +101,8 @@ class Block(nnx.Module):
             config.expert_width,
             num_experts=config.experts,
             top_k=config.top_k,
-            axis_name=config.expert_axes,
+            axis_name="expert" if config.topology is None else config.topology.axis_name,
+            topology=config.topology,
             num_shared_experts=config.shared_experts,
             capacity_factor=config.capacity_factor,
             implementation=config.implementation,

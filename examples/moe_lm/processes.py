@@ -111,20 +111,22 @@ class Processes:
             except Exception:
                 return  # the service has gone, and JAX says so
             if missing and not done.is_set():
-                self._end(sorted(missing), remedy)
+                names = [f"process {i} (on {self.hosts[i]})" for i in sorted(missing)]
+                if self.index in missing:
+                    names = ["this process, for the others,"]
+                _end(
+                    f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} gone: ended, or "
+                    f"sent no heartbeat for {self.heartbeat} s. {remedy}"
+                )
             time.sleep(_WATCH_SECONDS)
 
-    def _end(self, missing: list[int], remedy: str) -> None:
-        names = ", ".join(f"process {i} (on {self.hosts[i]})" for i in missing)
-        have = "has" if len(missing) == 1 else "have"
-        print(
-            f"\nError: {names} {have} gone: it ended, or sent no heartbeat for {self.heartbeat} s. "
-            f"{remedy}",
-            file=sys.stderr,
-        )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # the main thread may wait in a collective that nothing ends
+
+def _end(sentence: str) -> None:
+    """Ends the process, whose main thread may wait for something that never comes."""
+    print(f"\nError: {sentence}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def join(options: dict[str, Any]) -> Processes:
@@ -136,25 +138,33 @@ def join(options: dict[str, Any]) -> Processes:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_recoverability", True)  # who is lost is ours to say
     jax.config.update("jax_enable_preemption_service", False)  # so are SIGTERM's consequences
-    heartbeat = options["heartbeat"]
+    where = f"--coordinator: {options['coordinator']}"
+    if not options["coordinator"]:
+        where = "--distributed: the environment"
+    # JAX would end the process with a stack trace.
+    late = f"{where} did not bring all processes together within {START_SECONDS} s."
+    timer = threading.Timer(START_SECONDS, _end, [late])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             options["coordinator"],
             options["processes"],
             options["process"],
             cluster_detection_method="deactivate" if options["coordinator"] else None,
-            initialization_timeout=START_SECONDS,
-            heartbeat_timeout_seconds=heartbeat,
+            initialization_timeout=2 * START_SECONDS,
+            heartbeat_timeout_seconds=options["heartbeat"],
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        where = f"--coordinator: {options['coordinator']}" if options["coordinator"] else (
-            "--distributed: the environment"
-        )  # fmt: skip
         raise click.ClickException(
             f"{where} did not bring the processes together: {reason}."
         ) from None
-    processes = Processes(jax.process_index(), jax.process_count(), heartbeat, job_store())
+    finally:
+        timer.cancel()
+    processes = Processes(
+        jax.process_index(), jax.process_count(), options["heartbeat"], job_store()
+    )
     if processes.store is not None:
         for i in range(processes.count):
             host = processes._exchange(f"host {i}", socket.gethostname(), i)

@@ -17,7 +17,7 @@ from launch import Done, Job, environment, free_port
 
 from jax_fusco.cli import main as jax_fusco_command
 
-HEARTBEAT = 4
+HEARTBEAT = 10  # a busy machine may starve a process for seconds
 OPTIONS = [*TINY, "--topology=2x2", "--save-every=10", f"--heartbeat={HEARTBEAT}"]
 # Most of the time goes into compiling.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -106,7 +106,7 @@ def test_two_processes_train_like_one_through_a_stop_and_a_kill(
     assert f"resuming from step {step} of {STEPS}" in killed[0].stdout
     last_line = killed[0].stderr.splitlines()[-1]
     assert last_line.startswith("Error: process 1 (on ")
-    assert f"has gone: it ended, or sent no heartbeat for {HEARTBEAT} s. Start all" in last_line
+    assert f"has gone: ended, or sent no heartbeat for {HEARTBEAT} s. Start all" in last_line
     assert steps_done(output) < STEPS
 
     # All again: it goes on to the end.
