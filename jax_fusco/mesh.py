@@ -67,6 +67,12 @@ class Axis:
             return x
         return lax.all_to_all(x, self.names, 0, 0, axis_index_groups=self.subgroups)
 
+    def swap(self, x: jax.Array) -> jax.Array:
+        """The other rank's `x`, of two."""
+        first_and_second = self.subgroups or ((0, 1),)
+        pairs = [(a, b) for group in first_and_second for a, b in (group, group[::-1])]
+        return lax.ppermute(x, self.names, pairs)
+
 
 def expert_axis(axis_name: AxisName) -> Axis:
     """The Axis that `axis_name` names here; ValueError where it is not bound.

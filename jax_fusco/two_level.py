@@ -2,8 +2,8 @@
 
 `gather_rows`, `reduce_rows` and `gather_rows_weighted` as in `jax_fusco.movers`, from a `Crossing`.
 Rows cross in slices of a fixed number of rows for each pair of nodes, as many slices as the fullest
-pair needs. While one slice crosses, the next is packed and the one before is forwarded: the three
-do not depend on each other, so that XLA can run them side by side (FUSCO's pipeline, arXiv
+pair needs. On GPUs, while one slice crosses, the next is packed and the one before is forwarded:
+the three do not depend on each other, so that XLA runs them side by side (FUSCO's pipeline, arXiv
 2512.22036). The loop over slices runs inside the custom_vjp, so that its length may depend on data.
 """
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fusco.mesh import checked_axes, vary, varying_axes
+from jax_fusco.mesh import platform, vary, varying_axes
 from jax_fusco.movers import Call, run
 from jax_fusco.plan import Crossing
 from jax_fusco.reference import from_words, to_words
@@ -27,9 +27,14 @@ Array = jax.Array
 Arrays = tuple[Array, ...]
 
 
+def _overlaps() -> bool:
+    """Whether XLA runs exchanges beside other work: on CPU devices one thing follows another."""
+    return platform() != "cpu"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Slices:
-    """The blocks `[N, T, ...]` of a crossing cut into slices of `rows` rows of each block."""
+    """Slices of the blocks `[N, T, ...]` of a crossing: `rows` rows of each block that crosses."""
 
     crossing: Crossing
     levels: Levels
@@ -42,27 +47,45 @@ class _Slices:
         return cls(crossing, Levels.of(crossing.topology), rows)
 
     @property
+    def blocks(self) -> int:
+        """Blocks of a slice: all, for `all_to_all`, or the one for the other of two nodes."""
+        return 1 if self.levels.node.size == 2 else self.levels.node.size
+
+    def place(self, node: Array) -> Array:
+        """The block of a node in a slice."""
+        return node if self.blocks > 1 else jnp.zeros_like(node)
+
+    @property
     def block(self) -> int:
         """Rows of a block, in whole slices."""
         return -(-self.crossing.pack_token.shape[1] // self.rows) * self.rows
 
     def cut(self, blocks: Array, index: Array, empty: int) -> Array:
-        """Slice `index` of `blocks [N, T, ...]`, as `[N * rows, ...]`; `empty` for this node."""
-        node = jnp.arange(blocks.shape[0]).reshape((-1,) + (1,) * (blocks.ndim - 1))
-        blocks = jnp.where(node == self.levels.node.rank(), empty, blocks)
+        """Slice `index` of `blocks [N, T, ...]`, as `[blocks * rows, ...]`; `empty` for this
+        node."""
+        here = self.levels.node.rank()
+        if self.blocks == 1:
+            blocks = lax.dynamic_slice_in_dim(blocks, 1 - here, 1)
+        else:
+            node = jnp.arange(blocks.shape[0]).reshape((-1,) + (1,) * (blocks.ndim - 1))
+            blocks = jnp.where(node == here, empty, blocks)
         missing = [(0, 0)] * blocks.ndim
         missing[1] = (0, self.block - blocks.shape[1])
         blocks = jnp.pad(blocks, missing, constant_values=empty)
         part = lax.dynamic_slice_in_dim(blocks, index * self.rows, self.rows, 1)
-        return part.reshape((blocks.shape[0] * self.rows, *part.shape[2:]))
+        return part.reshape((self.blocks * self.rows, *part.shape[2:]))
 
     def cross(self, part: Array) -> Array:
-        """Exchanges block n of `[N * rows, ...]` with node n."""
+        """Exchanges the blocks of a slice with their nodes."""
         words = to_words(part)
-        blocks = words.reshape((self.levels.node.size, self.rows, *words.shape[1:]))
-        return from_words(self.levels.node.all_to_all(blocks).reshape(words.shape), part.dtype)
+        if self.blocks == 1:
+            crossed = self.levels.node.swap(words)
+        else:
+            blocks = words.reshape((self.blocks, self.rows, *words.shape[1:]))
+            crossed = self.levels.node.all_to_all(blocks).reshape(words.shape)
+        return from_words(crossed, part.dtype)
 
-    def pipeline(
+    def run(
         self,
         produce: Callable[[Array], Arrays],
         consume: Callable[[Array, Arrays, Arrays], Arrays],
@@ -70,22 +93,28 @@ class _Slices:
     ) -> Arrays:
         """`state` after `consume(i, cross(produce(i)), state)` for every slice i in turn.
 
-        `produce` and `consume` are also called for one slice too many, at either end.
+        Where exchanges overlap, `produce` and `consume` are also called for one slice too many, at
+        either end.
         """
-        everything = (produce(jnp.int32(0)), state)
-        axes = varying_axes(everything) | checked_axes(self.levels.node)
-        axes |= checked_axes(self.levels.local)
+        number = -(-self.crossing.most_rows // self.rows)
+        carried = functools.partial(vary, axes=varying_axes(self.crossing))  # as all operands do
+
+        if not _overlaps():
+
+            def one(i: Array, state: Arrays) -> Arrays:
+                return carried(consume(i, tuple(map(self.cross, produce(i))), state))
+
+            return lax.fori_loop(0, number, one, carried(state))
 
         def step(i: Array, carry: tuple[Arrays, Arrays, Arrays]) -> tuple[Arrays, Arrays, Arrays]:
             ready, arrived, state = carry
             crossed = tuple(map(self.cross, ready))
-            return vary((produce(i + 1), crossed, consume(i - 1, arrived, state)), axes)
+            return carried((produce(i + 1), crossed, consume(i - 1, arrived, state)))
 
-        ready, state = vary(everything, axes)
-        slices = -(-self.crossing.most_rows // self.rows)
-        carry = (ready, jax.tree.map(jnp.zeros_like, ready), state)
-        _, arrived, state = lax.fori_loop(0, slices, step, carry)
-        return consume(slices - 1, arrived, state)
+        ready = produce(jnp.int32(0))
+        carry = carried((ready, jax.tree.map(jnp.zeros_like, ready), state))
+        _, arrived, state = lax.fori_loop(0, number, step, carry)
+        return consume(number - 1, arrived, state)
 
 
 def gather_rows(call: Call, rows: Arrays, crossing: Crossing) -> Arrays:
@@ -111,10 +140,10 @@ def gather_rows(call: Call, rows: Arrays, crossing: Crossing) -> Arrays:
 
     def forward(i: Array, arrived: Arrays, moved: Arrays) -> Arrays:
         now = filled & ~near & (row // height == i)
-        source = jnp.where(now, from_node * height + row % height, -2)
+        source = jnp.where(now, slices.place(from_node) * height + row % height, -2)
         return gather(arrived, crossing.from_rank, source, into=moved)
 
-    return slices.pipeline(pack, forward, moved)
+    return slices.run(pack, forward, moved)
 
 
 def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing) -> Array:
@@ -139,14 +168,14 @@ def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing)
         return (reduce(y, of_rows, *target, out_dtype=wire),)
 
     def keep(i: Array, arrived: Arrays, returned: Arrays) -> Arrays:
-        part = arrived[0].reshape((nodes, slices.rows, *y.shape[1:]))
+        part = arrived[0].reshape((slices.blocks, slices.rows, *y.shape[1:]))
         return (lax.dynamic_update_slice_in_dim(returned[0], part, i * slices.rows, 1),)
 
-    returned = jnp.zeros((nodes, slices.block, *y.shape[1:]), wire)
-    (returned,) = slices.pipeline(partial_sums, keep, (returned,))
-    block = jnp.arange(nodes, dtype=jnp.int32) * slices.block
+    returned = jnp.zeros((slices.blocks, slices.block, *y.shape[1:]), wire)
+    (returned,) = slices.run(partial_sums, keep, (returned,))
+    block = slices.place(jnp.arange(nodes, dtype=jnp.int32)) * slices.block
     at = jnp.where(crossing.rail_row >= 0, block + crossing.rail_row, -1)
-    returned = returned.reshape((nodes * slices.block, *y.shape[1:]))
+    returned = returned.reshape((slices.blocks * slices.block, *y.shape[1:]))
     others = reduce(returned, None, crossing.rail, at, out_dtype=accumulator)
     return (own + others).astype(call.out_dtype)
 

@@ -18,6 +18,7 @@ from helpers import P, assert_same_bits, both, make_mesh, sharded
 from hypothesis import given
 
 import jax_fusco as jf
+from jax_fusco import two_level
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype("f2"), np.dtype("f4")
 TWO = jf.Topology("node", "expert")
@@ -130,6 +131,21 @@ def routed(draw, case):
 @hypothesis.settings(max_examples=12)
 def test_drawn_routings(implementation, case, data):
     check(implementation, case, *data.draw(routed(case)))
+
+
+@pytest.mark.parametrize("case", [2, 3])
+def test_slices_that_overlap(case, monkeypatch):
+    """As on GPUs."""
+    monkeypatch.setattr(two_level, "_overlaps", lambda: True)
+    program.cache_clear()
+    sizes, topology, tokens, k, local, *_ = CASES[case]
+    ranks = ranks_of(sizes, topology)
+    try:
+        for seed, routing in enumerate((routings.distinct, routings.masked, routings.empty)):
+            rng = np.random.default_rng(seed)
+            check("fused", case, routing(rng, ranks, tokens, k, ranks * local)[None], rng)
+    finally:
+        program.cache_clear()
 
 
 def check(implementation, case, ids, rng):
