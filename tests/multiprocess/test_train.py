@@ -45,9 +45,9 @@ def two_processes(text: Path, output: Path, logs: Path) -> Iterator[Job]:
 
 def interrupt(job: Job, output: Path, step: int, victim: int, number: int) -> list[Done]:
     """Sends a process a signal once a step is done, and waits for everyone's end."""
-    job.until(lambda: steps_done(output) >= step, timeout=200)
+    job.until(lambda: steps_done(output) >= step, timeout=400)
     job.processes[victim].send_signal(number)
-    return job.wait(timeout=250, check=False)
+    return job.wait(timeout=500, check=False)
 
 
 def steps_done(output: Path) -> int:
@@ -75,14 +75,14 @@ def run_alone(arguments: list[str]) -> str:
         env=environment(**ENVIRONMENT),
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_two_processes_train_like_one_through_a_stop_and_a_kill(
     text: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -111,7 +111,7 @@ def test_two_processes_train_like_one_through_a_stop_and_a_kill(
 
     # All again: it goes on to the end.
     with two_processes(text, output, tmp_path / "finished") as job:
-        finished = job.wait(timeout=250)
+        finished = job.wait(timeout=500)
     assert "resuming from step" in finished[0].stdout
     assert "Error" not in finished[0].stderr + finished[1].stderr
     np.testing.assert_allclose(losses(output), losses(alone), rtol=1e-4)
@@ -142,3 +142,44 @@ def test_a_saved_routing_is_what_the_ledger_reads(alone: Path) -> None:
         assert [int(routing[name]) for name in ("layer", "num_experts", "step")] == [0, 8, STEPS]
         assert routing["expert_ids"].dtype == np.int32
     assert sorted(path.name for path in alone.glob("routing*")) == ["routing.npz"]
+
+
+_MEMBER = """
+import os, signal, sys, time
+import jax
+sys.path.insert(0, sys.argv[1])
+from moe_lm.processes import join
+
+index, port, killed = int(sys.argv[2]), sys.argv[3], sys.argv[4]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+processes = join(
+    {"coordinator": f"localhost:{port}", "processes": 2, "process": index, "heartbeat": 10}
+)
+with processes.watching("Start again."):
+    assert processes.share("word", f"from {index}") == "from 0"
+    processes.say("there")
+    if killed == str(index):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if killed != "nobody":
+        time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("killed", ["nobody", "0"])
+def test_leaving_and_losing_the_leader(tmp_path: Path, killed: str) -> None:
+    with free_port() as port:
+        each = [["-c", _MEMBER, str(SCRIPT.parent), str(i), str(port), killed] for i in range(2)]
+        with Job(each, folder=tmp_path, env=environment()) as job:
+            done = job.wait(timeout=90, check=False)
+    assert "there" in done[0].stdout
+    assert "process 1 of 2; process 0, the leader, is on " in done[1].stderr
+    codes = [process.returncode for process in done]
+    if killed == "nobody":
+        assert codes == [0, 0], done
+        assert "there" not in done[1].stdout
+        assert "rror" not in done[1].stderr
+    else:
+        assert codes == [-signal.SIGKILL, -signal.SIGABRT], done
+        assert "the leader task" in done[1].stderr.lower()
+        assert done[1].seconds - done[0].seconds < 20
