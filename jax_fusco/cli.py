@@ -174,6 +174,89 @@ def ledger(
 
 
 @main.command()
+@click.argument("routing", type=click.Path(path_type=pathlib.Path))
+@click.option("--ranks", type=click.IntRange(1), help="Ranks; default: those of the routing.")
+@click.option("--ranks-per-node", type=click.IntRange(1), help="Ranks of a node; default: all.")
+@click.option("--row-bytes", type=click.IntRange(1), default=1, help="Bytes of a token's row.")
+@click.option("--num-experts", type=click.IntRange(1), help="If the file does not say.")
+@click.option("--slots", type=click.IntRange(1), help="Slots a rank, for replicas.")
+@click.option("--groups", type=click.IntRange(1), default=1, help="Groups the router chooses from.")
+@click.option(
+    "--method",
+    type=click.Choice(["search", "occult", "balance"]),
+    default="search",
+    show_default=True,
+    help="Whose placement to keep.",
+)
+@click.option(
+    "--load-weight",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Time of the experts over that of today's communication.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    help="Folder for placement.json, report.json and placement.png; without it nothing is written.",
+)
+def placement(
+    routing: pathlib.Path,
+    ranks: int | None,
+    ranks_per_node: int | None,
+    row_bytes: int,
+    num_experts: int | None,
+    slots: int | None,
+    groups: int,
+    method: str,
+    load_weight: float,
+    seed: int,
+    out: pathlib.Path | None,
+) -> None:
+    """Find which experts should share a rank, and say what that saves before anything moves.
+
+    ROUTING is an npz file that RoutingStats.save wrote, or one with expert_ids [ranks, tokens,
+    experts per token] and num_experts; with logits [ranks, tokens, experts] in it, pruning is
+    counted too.
+    """
+    from rich.console import Console
+
+    from jax_fusco import placement_report
+
+    try:
+        stats, in_file, ids, logits = placement_report.read(routing, num_experts)
+        if ranks is None and in_file is None:
+            raise ValueError(f"--ranks: got nothing, and {routing} has no ranks, need a number")
+        found = placement_report.study(
+            stats,
+            ids,
+            logits,
+            method=method,
+            num_ranks=ranks or in_file or 1,
+            row_bytes=row_bytes,
+            ranks_per_node=ranks_per_node,
+            num_slots=slots,
+            load_weight=load_weight,
+            seed=seed,
+            **({"num_groups": groups} if groups > 1 else {}),
+        )
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    console = Console(width=None if Console().is_terminal else 150)
+    console.print(placement_report.describe(found))
+    console.print(placement_report.table(found))
+    console.print(placement_report.verdict(found, method))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        found.placements[method].save(out / "placement.json")
+        text = json.dumps(placement_report.document(found), indent=1)
+        (out / "report.json").write_text(text + "\n")
+        if not placement_report.draw(found, method, out / "placement.png"):
+            console.print("Install jax-fusco[bench] for the picture")
+
+
+@main.command()
 @click.option("--routing", type=click.Path(path_type=pathlib.Path), help="Replay this npz instead.")
 @click.option("--row-bytes", type=click.IntRange(1), default=14336, show_default=True)
 @click.option("--num-experts", type=click.IntRange(1), help="If the routing's file does not say.")

@@ -44,7 +44,8 @@ def _ratio(load: np.ndarray) -> float:
     return float(load.max() / mean) if mean else 1.0
 
 
-def _bytes(number: float) -> str:
+def byte_text(number: float) -> str:
+    """A number of bytes for people, with its unit."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
             break
@@ -58,7 +59,7 @@ def describe(found: Ledger) -> str:
         f"{found.nodes} nodes of {found.ranks_per_node} ranks, {found.tokens} tokens a rank, rows "
         f"of {found.row_bytes} bytes: {found.assignments} assignments, {found.rank_rows} rows once "
         f"to each rank, {found.node_rows} once to each node; {found.lower_bound} of these must "
-        f"cross between nodes ({_bytes(found.lower_bound * found.row_bytes)}); "
+        f"cross between nodes ({byte_text(found.lower_bound * found.row_bytes)}); "
         f"{found.num_invalid} invalid ids"
     )
 
@@ -72,8 +73,8 @@ def table(found: Ledger) -> Table:
     for head in ("NIC out", "NIC in", "rank in"):
         made.add_column(f"{head}, max/mean", justify="right")
     for name, way in found.ways.items():
-        cells = [_bytes(way.rows[link] * found.row_bytes) for link in LINKS]
-        cells.append(_bytes(way.padding * found.row_bytes))
+        cells = [byte_text(way.rows[link] * found.row_bytes) for link in LINKS]
+        cells.append(byte_text(way.padding * found.row_bytes))
         cells.append(f"{way.wire / found.lower_bound:.3f}" if found.lower_bound else "")
         cells += [f"{_ratio(load):.3f}" for load in (way.egress, way.ingress, way.received)]
         made.add_row(name, *cells)

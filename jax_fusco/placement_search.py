@@ -226,7 +226,8 @@ def occult(pairs: Array, ranks: int) -> Array:
     for index in range(ranks):
         placed, free = np.flatnonzero(rank >= 0), np.flatnonzero(rank < 0)
         if index == 0:
-            members = [int(pairs.argmax()) // len(pairs), int(pairs.argmax()) % len(pairs)][:size]
+            best = int((pairs - np.eye(len(pairs))).argmax())  # never an item with itself
+            members = list(divmod(best, len(pairs)))[:size]
         else:
             members = [int(free[pairs[free][:, placed].mean(1).argmin()])]
         rank[members] = index

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
@@ -16,15 +17,15 @@ METHODS = ("router", "similarity")
 
 
 def limit_ranks(
-    expert_ids: Int[Array, "... k"],
-    weights: Float[Array, "... k"],
-    scores: Float[Array, "... E"],
+    expert_ids: Int[Array | np.ndarray, "... k"],
+    weights: Float[Array | np.ndarray, "... k"],
+    scores: Float[Array | np.ndarray, "... E"],
     placement: Placement,
     max_ranks: int,
     *,
     max_nodes: int | None = None,
     method: str = "router",
-    similarity: Float[Array, "E E"] | None = None,
+    similarity: Float[Array | np.ndarray, "E E"] | None = None,
     renormalize: bool = True,
 ) -> tuple[Int32[Array, "... k"], Float[Array, "... k"]]:
     """Chooses again among the experts of at most `max_ranks` ranks (and `max_nodes` nodes).
@@ -91,7 +92,7 @@ def limit_ranks(
         return ids.reshape(shape), weights.reshape(shape)
 
 
-def router_similarity(logits: Float[Array, "... E"]) -> Float[Array, "E E"]:
+def router_similarity(logits: Float[Array | np.ndarray, "... E"]) -> Float[Array, "E E"]:
     """The cosine of the experts' logits over many tokens, for `limit_ranks`.
 
     Source: Occult (arXiv 2505.13345), similarity-based pruning.

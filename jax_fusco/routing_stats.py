@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -108,7 +109,7 @@ class RoutingStats:
         return bits.reshape(*words.shape[:-1], -1)[..., : self.num_experts].astype(bool)
 
     def update(
-        self, expert_ids: Int[Array, "... k"], layer: int | jax.Array | None = None
+        self, expert_ids: Int[Array | np.ndarray, "... k"], layer: int | jax.Array | None = None
     ) -> RoutingStats:
         """Counts the routing of some tokens.
 
@@ -215,7 +216,7 @@ class RoutingStats:
             raise TypeError(f"expert_ids: got dtype {ids.dtype}, need an integer dtype")
         if not ids.ndim:
             raise ValueError("expert_ids: got a scalar, need [..., experts per token]")
-        if ids.size // max(1, ids.shape[-1]) > _MOST_TOKENS:
+        if math.prod(ids.shape[:-1]) > _MOST_TOKENS:
             raise ValueError(
                 f"expert_ids: got shape {ids.shape}, need at most {_MOST_TOKENS} tokens an update"
             )

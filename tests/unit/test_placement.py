@@ -139,6 +139,12 @@ def test_a_layer_without_tokens_stays():
     assert jf.optimize_placement(stats, 4, num_slots=9).expert_of_slot.shape == (2, 36)
 
 
+def test_tokens_of_one_expert_have_no_pairs():
+    stats = stats_of(np.arange(4000)[:, None] % 16, 16)
+    for method in METHODS:
+        assert jf.optimize_placement(stats, 8, method=method).is_identity
+
+
 def partitions(experts, ranks):
     """Every balanced partition, once."""
     size = experts // ranks
