@@ -58,13 +58,18 @@ def plan(
     alignment: int,
 ) -> tuple[tuple[Array, ...], Crossing]:
     """The integers of the flat plan, in the order of the fields of `Plan`, and the crossing."""
-    levels = Levels.of(topology)
-    if levels.local.size << _bits(capacity) >= 2**31 or axis.size * expert_ids.size >= 2**31:
+    levels, ids = Levels.of(topology), unshard(expert_ids)
+    nodes, ranks = levels.node.size, levels.local.size
+    if nodes << _bits(capacity) + _bits(ranks) > 2**31:
         raise ValueError(
-            f"capacity: got {capacity} rows for {levels.local.size} ranks of a node and "
-            f"{axis.size * expert_ids.size} assignments, need fewer than 2**31 in a node and in all"
+            f"capacity: got {capacity} rows on each of {axis.size} ranks, need fewer than 2**31 "
+            "in all (each factor rounded up to a power of two) where rows cross nodes"
         )
-    ids = unshard(expert_ids)
+    if max(nodes, ranks) * ids.size >= 2**31:
+        raise ValueError(
+            f"expert_ids: got shape {ids.shape}, need fewer than 2**31 assignments where "
+            f"{max(nodes, ranks)} times as many cross nodes"
+        )
     with jax.named_scope("slots"):
         cells = _cells(implementation, ids, levels, num_experts, capacity, alignment)
         owner_node = jnp.where(cells.slot >= 0, cells.slot_rank // levels.local.size, -1)
@@ -102,6 +107,25 @@ def plan(
     return vary((integers, crossing), varying_axes(expert_ids) | checked_axes(axis))
 
 
+def _of_each_rank(implementation: str, table: Array, levels: Levels) -> Array:
+    """`[L, ...]`: what each rank of the node has for this one in its `table [L, ...]`.
+
+    An `all_to_all` that the engine does, not the library that connects the nodes.
+    """
+    ranks = levels.local.size
+    (found,) = run(
+        implementation,
+        "gather_rows",
+        (table,),
+        jnp.arange(ranks, dtype=jnp.int32),
+        jnp.broadcast_to(levels.local.rank(), ranks),
+        axis=levels.local,
+        fanout=1,
+        zero_tail=True,
+    )
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cells:
     """The flat plan's half that needs counts alone."""
@@ -127,14 +151,15 @@ def _cells(
     expert = jnp.where(place >= 0, ids, 0)
     place_in_cell = place - (jnp.cumsum(counts, dtype=jnp.int32) - counts)[expert]
 
-    table = counts.reshape(nodes, ranks, -1).swapaxes(0, 1)
-    table = levels.node.all_to_all(levels.local.all_to_all(table).swapaxes(0, 1))
+    table = _of_each_rank(implementation, counts.reshape(nodes, ranks, -1).swapaxes(0, 1), levels)
+    table = levels.node.all_to_all(table.swapaxes(0, 1))
     wanted = table.reshape(nodes * ranks, -1).T  # [E_local, R]
     kept = reference.water_fill(wanted, capacity, alignment)
     begin, expert_counts, group_sizes = reference.lay_out(kept, alignment)
 
     answer = jnp.stack([begin, kept]).transpose(2, 0, 1).reshape(nodes, ranks, 2, -1)
-    answer = levels.local.all_to_all(levels.node.all_to_all(answer).swapaxes(0, 1))
+    answer = levels.node.all_to_all(answer).swapaxes(0, 1)
+    answer = _of_each_rank(implementation, answer, levels)
     begin, limit = answer.transpose(2, 1, 0, 3).reshape(2, num_experts)
     placed = (place >= 0) & (place_in_cell < limit[expert])
     owner = expert // (num_experts // (nodes * ranks))
@@ -166,7 +191,8 @@ def _rails(implementation: str, owner_node: Array, levels: Levels) -> _Rails:
     here, local = levels.node.rank(), levels.local.rank()
     visits = (owner_node[:, :, None] == node).any(1) & (node != here)  # [T, N]
     counted = visits.astype(jnp.int32)
-    of_owners = levels.local.all_gather(counted.sum(0, dtype=jnp.int32))  # [L, N]
+    mine = counted.sum(0, dtype=jnp.int32)
+    of_owners = _of_each_rank(implementation, jnp.broadcast_to(mine, (ranks, nodes)), levels)
     earlier = jnp.arange(ranks)[:, None] < local
     position = jnp.where(earlier, of_owners, 0).sum(0, dtype=jnp.int32)
     position = position + jnp.cumsum(counted, 0, dtype=jnp.int32) - counted
@@ -193,9 +219,9 @@ def _rails(implementation: str, owner_node: Array, levels: Levels) -> _Rails:
     )
 
 
-def _bits(capacity: int) -> int:
-    """Bits that hold a slot."""
-    return max(capacity - 1, 0).bit_length()
+def _bits(number: int) -> int:
+    """Bits that hold any of so many values."""
+    return max(number - 1, 0).bit_length()
 
 
 def _forwarders(
@@ -213,30 +239,30 @@ def _forwarders(
     mine = node == here
     owner = jnp.where(mine, local, packed.pack_rank).reshape(-1)
     token = jnp.where(mine, jnp.arange(tokens, dtype=jnp.int32), packed.pack_token).reshape(-1)
-    slot_rank, slot = (
-        array.reshape(nodes, tokens, k)
-        for array in run(
-            implementation,
-            "gather_rows",
-            (cells.slot_rank, cells.slot),
-            owner,
-            token,
-            axis=levels.local,
-            fanout=1,
-            zero_tail=True,
-        )
+    # Node, rank and slot of an assignment in the bits of one number: no division takes them apart.
+    slot_bits, rank_bits = _bits(capacity), _bits(ranks)
+    rank = cells.slot_rank // ranks << rank_bits | cells.slot_rank % ranks
+    address = jnp.where(cells.slot >= 0, rank << slot_bits | cells.slot, -1)
+    (address,) = run(
+        implementation,
+        "gather_rows",
+        (address,),
+        owner,
+        token,
+        axis=levels.local,
+        fanout=1,
+        zero_tail=True,
     )
-    wanted = (token.reshape(nodes, tokens, 1) >= 0) & (slot >= 0)
-    wanted &= slot_rank // ranks == node[:, :, None]
-    # One number for rank and slot, the slot in the low bits: no division takes them apart.
-    bits = _bits(capacity)
-    target = jnp.where(wanted, slot_rank % ranks << bits | slot, -1)
+    address = address.reshape(nodes, tokens, k)
+    inside = slot_bits + rank_bits
+    wanted = (token.reshape(nodes, tokens, 1) >= 0) & (address >> inside == node[:, :, None])
+    target = jnp.where(wanted, address & ((1 << inside) - 1), -1)
     sender = jnp.where(token >= 0, owner * tokens + token, -1).reshape(nodes, tokens, 1)
     letters = levels.node.all_to_all(jnp.concatenate([target, sender], 2))
 
     target = letters[:, :, :k]
-    deliver_rank = target >> bits  # arithmetic: -1 stays -1
-    deliver_slot = jnp.where(target >= 0, target & ((1 << bits) - 1), -1)
+    deliver_rank = target >> slot_bits  # arithmetic: -1 stays -1
+    deliver_slot = jnp.where(target >= 0, target & ((1 << slot_bits) - 1), -1)
     # The assignments that come to me, in any order: a plan where each rank is one expert. Then each
     # to its slot.
     *_, from_rank, from_assignment, _, _, _ = make_integers(

@@ -372,3 +372,23 @@ def test_the_cost_model_of_slices():
     assert TWO.rows_of_slices(0, 16) == 1
     assert two_axes(slice_rows=100).rows_of_slices(64, 16) == 64
     assert two_axes(slice_rows=10).rows_of_slices(64, 16) == 10
+
+
+def test_more_rows_than_numbers_are_said():
+    def plan(capacity):
+        ids = jax.ShapeDtypeStruct((4, 3, 2), jnp.int32)
+        mesh, spec = make_mesh({"node": 2, "expert": 2}), P(("node", "expert"))
+
+        def local(ids):
+            options = {"axis_name": ("node", "expert"), "num_experts": 4, "topology": TWO}
+            return jf.make_plan(ids[0], capacity=capacity, **options).slot[None]
+
+        jax.eval_shape(sharded(local, mesh, in_specs=spec, out_specs=spec), ids)
+
+    plan(2**29)
+    message = (
+        r"^capacity: got 536870913 rows on each of 4 ranks, need fewer than 2\*\*31 in all \(each "
+        r"factor rounded up to a power of two\) where rows cross nodes"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan(2**29 + 1)
