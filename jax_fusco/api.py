@@ -166,6 +166,12 @@ def combine(
     buffer rows outside the groups are never read. Implementations give the same bits, but for
     subnormal numbers: the engine keeps them, XLA on CPU devices flushes them to zero.
 
+    With a topology each node sums its own rows so. Sums of other nodes cross as the topology's
+    `wire_dtype`, rounded to it, and are added, nodes ascending; the token's own node comes last.
+    The bits are those of the flat sum where a token's experts lie on one node and the wire is
+    `out_dtype` or float32; else the two differ by at most `(k + N) * eps * sum |w * y|` in the
+    precision of the sum, plus half a unit of the wire's last place for each node's part.
+
     Args:
       y: rows `[C, ...]` of a floating dtype, where `dispatch` put them.
       weights: floating `[T, k]`, used in the precision of the sum; None means ones.

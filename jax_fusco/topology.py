@@ -12,8 +12,9 @@ import numpy as np
 from jax_fusco.mesh import AxisName
 from jax_fusco.plan import whole
 
-# The cost model of slices: a rail's link to one node, and what a slice costs beside its bytes.
-_WIRE_BYTES_PER_S, _SLICE_S = 5e9, 100e-6
+# The cost model of slices, guessed: a rail's share of its link for one node, and what a slice costs
+# beside its bytes.
+_WIRE_BYTES_PER_S, _SLICE_S = 5e9, 50e-6
 
 _DOMAINS = ("slice_index", "partition_index")
 
@@ -111,14 +112,14 @@ class Topology:
     def rows_of_slices(self, tokens: int, row_bytes: int) -> int:
         """Rows of each slice that a rail sends to a node, of at most `tokens` rows in all.
 
-        Each slice costs a fixed time and hides the local moves of its neighbours; the number of
-        slices that balances both is `sqrt(2 * time on the wire / time of a slice)`, between 1 and
-        16.
+        A slice costs a fixed time; before the first and after the last nothing overlaps, and half
+        of the last is padding. That is least in all with `sqrt(2.5 * time on the wire / time of a
+        slice)` slices, here between 1 and 16.
         """
         if self.slice_rows is not None:
             return min(self.slice_rows, max(tokens, 1))
         wire = tokens * row_bytes / _WIRE_BYTES_PER_S
-        slices = min(max(round(math.sqrt(2 * wire / _SLICE_S)), 1), 16)
+        slices = min(max(round(math.sqrt(2.5 * wire / _SLICE_S)), 1), 16)
         return max(-(-tokens // slices), 1)
 
     @classmethod

@@ -365,8 +365,26 @@ def test_few_rows_cross_in_few_slices(rng):
     np.testing.assert_array_equal(run_on_nodes(most, "fused", ids), [3] * 4)
 
 
+@pytest.mark.parametrize("routing", [routings.distinct, routings.masked, routings.one_rank])
+def test_the_ledger_counts_what_crosses(routing, rng):
+    ids = routing(rng, 8, 40, 3, 16)
+
+    def count(ids, make_plan):
+        crossing = make_plan(ids, num_experts=16, capacity=8 * 40 * 3).crossing
+        return (crossing.pack_token >= 0).sum(1), crossing.most_rows
+
+    sizes = {"node": 4, "expert": 2}
+    sent, most = run_on_nodes(count, "fused", ids, sizes=sizes)
+    ledger = jf.ledger(ids, (4, 2), num_experts=16, row_bytes=1, slice_rows=7)
+    ours = ledger.ways["ours"]
+    assert sent.sum() == ours.rows["wire"] == ledger.lower_bound
+    assert most.max() == sent.max()
+    slices = -(-int(most.max()) // 7)
+    assert ours.wire == slices * 7 * 3 * 8  # of each of 8 rails to 3 nodes
+
+
 def test_the_cost_model_of_slices():
-    assert TWO.rows_of_slices(4096, 4096) == 4096 // 8  # 3.4 ms on the wire
+    assert TWO.rows_of_slices(4096, 4096) == -(-4096 // 13)  # 3.4 ms on the wire, 50 us a slice
     assert TWO.rows_of_slices(64, 16) == 64
     assert TWO.rows_of_slices(1 << 20, 14336) == 1 << 16
     assert TWO.rows_of_slices(0, 16) == 1
