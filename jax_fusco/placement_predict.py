@@ -86,7 +86,9 @@ class Prediction:
 
 
 def _line(what: str, today: float, after: float) -> str:
-    return f"{what}: {today:.4g} -> {after:.4g} ({100 * (after / max(today, 1e-30) - 1):+.1f} %)"
+    change = f" ({100 * (after / today - 1):+.1f} %)" if today else ""
+    digits = ".4g" if max(today, after) < 1000 else ".0f"
+    return f"{what}: {today:{digits}} -> {after:{digits}}{change}"
 
 
 def held_out(stats: RoutingStats) -> tuple[Array, Array]:

@@ -148,8 +148,8 @@ def describe(found: Study) -> str:
     each = int(stats.load.sum()) / max(tokens, 1)
     nodes = placement.num_ranks // placement.ranks_per_node
     return (
-        f"{tokens} tokens to {each:.3g} of {stats.num_experts} experts each{layers}, on {nodes} "
-        f"nodes of {placement.ranks_per_node} ranks; ranks and nodes a token are counted on "
+        f"{tokens} tokens to {each:.3g} of {stats.num_experts} experts each{layers}; nodes: "
+        f"{nodes} of {placement.ranks_per_node} ranks; ranks and nodes a token are counted on "
         "tokens that no search has seen"
     )
 

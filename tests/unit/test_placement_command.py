@@ -41,7 +41,7 @@ def test_a_routing_with_logits(tmp_path: pathlib.Path):
     np.savez(tmp_path / "routing.npz", expert_ids=ids, num_experts=8, logits=logits)
     out = tmp_path / "out"
     printed = run(tmp_path / "routing.npz", "--ranks-per-node", 2, "--row-bytes", 100, "--out", out)
-    assert "3600 tokens to 2 of 8 experts each, on 2 nodes of 2 ranks" in printed
+    assert "3600 tokens to 2 of 8 experts each; nodes: 2 of 2 ranks" in printed
     assert "search, at most 1 rank, by similarity" in printed
     report = json.loads((out / "report.json").read_text())
     traffic = {name: each["ranks_per_token"][0] for name, each in report["traffic"].items()}
