@@ -56,7 +56,7 @@ _OPTIONS = [
     click.option(
         "--heartbeat",
         type=click.IntRange(min=2),
-        default=20,
+        default=30,
         help="Seconds after which a silent process counts as gone.",
     ),
     click.option(

@@ -111,12 +111,15 @@ class Processes:
             except Exception:
                 return  # the service has gone, and JAX says so
             if missing and not done.is_set():
-                names = [f"process {i} (on {self.hosts[i]})" for i in sorted(missing)]
+                others = sorted(missing - {self.index})
+                names = ", ".join(f"process {i} (on {self.hosts[i]})" for i in others)
                 if self.index in missing:
-                    names = ["this process, for the others,"]
+                    names = (
+                        f"{names}{' and ' if names else ''}this one (on {self.hosts[self.index]})"
+                    )
                 _end(
-                    f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} gone: ended, or "
-                    f"sent no heartbeat for {self.heartbeat} s. {remedy}"
+                    f"{names} {'has' if len(missing) == 1 else 'have'} gone: ended, or sent no "
+                    f"heartbeat for {self.heartbeat} s. {remedy}"
                 )
             time.sleep(_WATCH_SECONDS)
 
