@@ -35,6 +35,8 @@ class Topology:
       ranks_per_node: L; None means the size of `local_axis`, which needs a `node_axis`.
       slice_rows: rows that cross from a rail to a node at a time; None lets a cost model choose.
       wire_dtype: what partial sums cross as: None for the dtype of the rows, or "float32".
+      exchange: "dense" (`all_to_all` of slices of one size), or "ragged" (`ragged_all_to_all` of
+        the rows there are; see docs/hosts.md for what XLA makes of it).
       members: for each node the names of its devices, where `detect` saw them.
       seen_by: what `detect` went by.
 
@@ -47,6 +49,7 @@ class Topology:
     ranks_per_node: int | None = None
     slice_rows: int | None = None
     wire_dtype: str | None = None
+    exchange: str = "dense"
     members: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False, repr=False)
     seen_by: str = dataclasses.field(default="", compare=False, repr=False)
 
@@ -66,6 +69,8 @@ class Topology:
             object.__setattr__(self, "slice_rows", whole("slice_rows", self.slice_rows, 1))
         if self.wire_dtype not in (None, "float32"):
             raise ValueError(f"wire_dtype: got {self.wire_dtype!r}, need 'float32' or None")
+        if self.exchange not in ("dense", "ragged"):
+            raise ValueError(f"exchange: got {self.exchange!r}, need 'dense' or 'ragged'")
         if self.node_axis is None and self.ranks_per_node is None:
             raise ValueError("ranks_per_node: got None, need a number where node_axis is None")
         if self.node_axis is not None and len(names) > 1:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_fusco import reference
 from jax_fusco.mesh import platform, vary, varying_axes
 from jax_fusco.movers import Call, run
 from jax_fusco.plan import Crossing
@@ -47,9 +48,13 @@ class _Slices:
         return cls(crossing, Levels.of(crossing.topology), rows)
 
     @property
+    def ragged(self) -> bool:
+        return self.crossing.topology.exchange == "ragged"
+
+    @property
     def blocks(self) -> int:
-        """Blocks of a slice: all, for `all_to_all`, or the one for the other of two nodes."""
-        return 1 if self.levels.node.size == 2 else self.levels.node.size
+        """Blocks of a slice: all, or for a dense exchange the one for the other of two nodes."""
+        return 1 if self.levels.node.size == 2 and not self.ragged else self.levels.node.size
 
     def place(self, node: Array) -> Array:
         """The block of a node in a slice."""
@@ -75,21 +80,47 @@ class _Slices:
         part = lax.dynamic_slice_in_dim(blocks, index * self.rows, self.rows, 1)
         return part.reshape((self.blocks * self.rows, *part.shape[2:]))
 
-    def cross(self, part: Array) -> Array:
-        """Exchanges the blocks of a slice with their nodes."""
+    def cross(self, part: Array, index: Array, home: bool) -> Array:
+        """Exchanges the blocks of slice `index` with their nodes; `home`: from forwarders."""
         words = to_words(part)
         if self.blocks == 1:
             crossed = self.levels.node.swap(words)
+        elif self.ragged:
+            crossed = self._cross_ragged(words, index, home)
         else:
             blocks = words.reshape((self.blocks, self.rows, *words.shape[1:]))
             crossed = self.levels.node.all_to_all(blocks).reshape(words.shape)
         return from_words(crossed, part.dtype)
+
+    def _cross_ragged(self, words: Array, index: Array, home: bool) -> Array:
+        node = jnp.arange(self.blocks, dtype=jnp.int32)
+        here = self.levels.node.rank()
+
+        def rows(present: Array) -> Array:
+            """Rows of each block that there are in this slice; `present [N, T]`."""
+            left = present.sum(1, dtype=jnp.int32) - index * self.rows
+            return jnp.where(node == here, 0, jnp.clip(left, 0, self.rows))
+
+        sent = rows(self.crossing.pack_token >= 0)
+        received = rows((self.crossing.deliver_slot >= 0).any(2))
+        sizes = (received, sent) if home else (sent, received)
+        return reference.ragged_all_to_all(
+            words,
+            jnp.zeros_like(words),
+            node * self.rows,
+            sizes[0],
+            jnp.full_like(node, here * self.rows),
+            sizes[1],
+            axis=self.levels.node,
+        )
 
     def run(
         self,
         produce: Callable[[Array], Arrays],
         consume: Callable[[Array, Arrays, Arrays], Arrays],
         state: Arrays,
+        *,
+        home: bool = False,
     ) -> Arrays:
         """`state` after `consume(i, cross(produce(i)), state)` for every slice i in turn.
 
@@ -97,19 +128,22 @@ class _Slices:
         either end.
         """
         number = -(-self.crossing.most_rows // self.rows)
+
+        def cross(parts: Arrays, i: Array) -> Arrays:
+            return tuple(self.cross(part, i, home) for part in parts)
+
         carried = functools.partial(vary, axes=varying_axes(self.crossing))  # as all operands do
 
         if not _overlaps():
 
             def one(i: Array, state: Arrays) -> Arrays:
-                return carried(consume(i, tuple(map(self.cross, produce(i))), state))
+                return carried(consume(i, cross(produce(i), i), state))
 
             return lax.fori_loop(0, number, one, carried(state))
 
         def step(i: Array, carry: tuple[Arrays, Arrays, Arrays]) -> tuple[Arrays, Arrays, Arrays]:
             ready, arrived, state = carry
-            crossed = tuple(map(self.cross, ready))
-            return carried((produce(i + 1), crossed, consume(i - 1, arrived, state)))
+            return carried((produce(i + 1), cross(ready, i), consume(i - 1, arrived, state)))
 
         ready = produce(jnp.int32(0))
         carry = carried((ready, jax.tree.map(jnp.zeros_like, ready), state))
@@ -172,7 +206,7 @@ def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing)
         return (lax.dynamic_update_slice_in_dim(returned[0], part, i * slices.rows, 1),)
 
     returned = jnp.zeros((slices.blocks, slices.block, *y.shape[1:]), wire)
-    (returned,) = slices.run(partial_sums, keep, (returned,))
+    (returned,) = slices.run(partial_sums, keep, (returned,), home=True)
     block = slices.place(jnp.arange(nodes, dtype=jnp.int32)) * slices.block
     at = jnp.where(crossing.rail_row >= 0, block + crossing.rail_row, -1)
     returned = returned.reshape((slices.blocks * slices.block, *y.shape[1:]))

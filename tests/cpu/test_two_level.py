@@ -49,6 +49,7 @@ CASES = (
         9,
     ),
     ({"node": 3, "expert": 2}, two_axes(slice_rows=1), 5, 3, 2, 4, F16, 3, 10),
+    ({"node": 3, "expert": 2}, two_axes(slice_rows=2, exchange="ragged"), 5, 3, 2, 4, F32, 1, None),
     ({"expert": 8}, one_axis(4, slice_rows=4), 6, 2, 1, 6, F32, 1, 7),
     ({"node": 4, "expert": 1}, two_axes(slice_rows=2), 5, 2, 2, 3, F32, 1, None),
     ({"node": 1, "expert": 4}, two_axes(), 5, 2, 2, 3, F32, 1, None),
