@@ -100,6 +100,21 @@ def test_detect_on_real_devices():
     [
         (lambda: Topology(3), TypeError, "node_axis: got 3, need a mesh axis name or None"),
         (
+            lambda: Topology(slice_rows=0),
+            ValueError,
+            "slice_rows: got 0, need an integer of at least 1",
+        ),
+        (
+            lambda: Topology(wire_dtype="bfloat16"),
+            ValueError,
+            "wire_dtype: got 'bfloat16', need 'float32' or None",
+        ),
+        (
+            lambda: Topology(exchange="sparse"),
+            ValueError,
+            "exchange: got 'sparse', need 'dense' or 'ragged'",
+        ),
+        (
             lambda: Topology("node", 3),
             TypeError,
             "local_axis: got 3, need a mesh axis name or a tuple of them",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 from gpu_programs import Layer, compiled, custom_calls, forward, make_node_mesh, train
@@ -67,6 +68,19 @@ def test_nothing_else_goes_over_the_slow_link(programs, name):
     assert set(exchanged) == {"{'node'}"}
     reduced = re.findall(r"= (\S+) all-reduce\(|= \(\((\S+)\), \S+\) all-reduce-start\(", text)
     assert all("".join(shape).startswith("s32[]") for shape in reduced), reduced
+
+
+DECOMPOSER = "xla_gpu_unsupported_enable_ragged_all_to_all_multi_host_decomposer"
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_real_counts_cross_where_xla_is_told_not_to_gather(flag):
+    """With its default XLA turns a ragged exchange between servers into one of everything."""
+    layer, mesh = Layer(64, topology=jf.Topology(exchange="ragged")), make_node_mesh()
+    text = compiled(forward(layer, mesh), layer.arguments(mesh), **{DECOMPOSER: flag}).as_text()
+    wide = "\n".join(line for line in text.splitlines() if f",{WIDTH}]" in line)
+    exchanges = re.findall(r" ((?:ragged-)?all-to-all|all-gather)(?:-start)?\(", wide)
+    assert Counter(exchanges) == {"ragged-all-to-all": 2} | ({"all-gather": 2} if flag else {})
 
 
 def test_memory_is_by_formula(programs, capsys):
