@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from jax_fusco.api import REMAT_SAVE_NAMES, combine, dispatch, make_plan, ragged_all_to_all
 from jax_fusco.ffi import register
+from jax_fusco.grouped_matmul import grouped_matmul
 from jax_fusco.ledger import Ledger, ledger
 from jax_fusco.placement import Placement
 from jax_fusco.placement_optimize import optimize_placement
@@ -27,6 +28,7 @@ __all__ = [
     "capacity",
     "combine",
     "dispatch",
+    "grouped_matmul",
     "ledger",
     "limit_ranks",
     "make_plan",

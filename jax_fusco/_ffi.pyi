@@ -3,7 +3,7 @@ from typing import NotRequired, TypedDict
 from typing_extensions import CapsuleType
 
 class Handlers(TypedDict):
-    instantiate: CapsuleType
+    instantiate: NotRequired[CapsuleType]
     initialize: NotRequired[CapsuleType]
     execute: CapsuleType
 
@@ -26,6 +26,9 @@ def types() -> list[tuple[str, TypeRegistration]]:
 
 def api_version() -> tuple[int, int]:
     """(major, minor) of the XLA FFI headers that the module was built against."""
+
+def set_sgemm(address: int) -> None:
+    """The address of the cblas_sgemm that grouped matmuls use; 0: none."""
 
 def info() -> Info:
     """What the engine would use now.

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jax_fusco import blas
 from jax_fusco.mesh import (
     GPU_PLATFORMS,
     Axis,
@@ -121,8 +122,28 @@ def register() -> None:
             jax.ffi.register_ffi_type(type_name, registration, platform=name)
         for target, stages in module.registrations():
             jax.ffi.register_ffi_target(target, stages, platform=name)
+    modules["cpu"].set_sgemm(blas.sgemm())
     if cuda is not None and (store := job_store()) is not None:
         cuda.connect(**vars(store))
+
+
+def in_manual_axes(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` where all mesh axes are manual.
+
+    The compiler would run one copy of a call per device along the axes that the enclosing shard_map
+    left to it, all with the same rank and group. Inside an inner shard_map they are manual, so each
+    copy is a group of its own.
+    """
+    inner_axes = free_axes()
+    if not inner_axes:
+        return call
+    return jax.shard_map(
+        call,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        axis_names=set(inner_axes),
+        check_vma=False,
+    )
 
 
 def _call(
@@ -136,7 +157,6 @@ def _call(
     """The custom call `jax_fusco_<name>`: `rank` and `group` first, then the operands."""
     register()
     varying = varying_axes(operands) | checked_axes(axis)
-    inner_axes = free_axes()
 
     def call(rank: jax.Array, *operands: jax.Array) -> Sequence[jax.Array]:
         return jax.ffi.ffi_call(
@@ -152,18 +172,7 @@ def _call(
             **(attributes or {}),
         )
 
-    if inner_axes:
-        # The compiler would run one copy of the call per device along these axes, all with the same
-        # rank and group. Inside an inner shard_map they are manual, so each copy is a group of its
-        # own.
-        call = jax.shard_map(
-            call,
-            in_specs=PartitionSpec(),
-            out_specs=PartitionSpec(),
-            axis_names=set(inner_axes),
-            check_vma=False,
-        )
-    return call(axis.rank(), *operands)
+    return in_manual_axes(call)(axis.rank(), *operands)
 
 
 def plan(

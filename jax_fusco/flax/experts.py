@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
+
+from jax_fusco.grouped_matmul import grouped_matmul
 
 Activation = Callable[..., jax.Array]
 
@@ -30,19 +31,6 @@ ACTIVATIONS: dict[str, tuple[int, Activation]] = {
     "gelu": (1, jax.nn.gelu),
     "relu": (1, jax.nn.relu),
 }
-
-
-def grouped_matmul(
-    rows: Float[Array, "C n"],
-    kernels: Float[Array, "E_local n m"],
-    group_sizes: Int32[Array, " E_local"],
-) -> Float[Array, "C m"]:
-    """Each group's rows times its own kernel: the one place where the grouped matmul is chosen.
-
-    `MoE` leaves the rows past the last group undefined. `jax.lax.ragged_dot` masks them, forward
-    and in both gradients, so NaN there spreads to nothing; another choice has to do the same.
-    """
-    return lax.ragged_dot(rows, kernels, group_sizes)
 
 
 def _add_bias(rows: jax.Array, bias: jax.Array | None, group_sizes: jax.Array) -> jax.Array:
@@ -70,7 +58,11 @@ def expert_ffn(
     *,
     activation: Activation,
 ) -> Float[Array, "C d"]:
-    """The experts' outputs for rows grouped by expert; rows past the last group are undefined."""
+    """The experts' outputs for rows grouped by expert.
+
+    `MoE` leaves the rows past the last group undefined: `grouped_matmul` never reads them, forward
+    or in its gradients, so NaN there spreads to nothing.
+    """
     num_local, features, num_projections, _ = wi.shape
     hidden = grouped_matmul(
         rows, wi.reshape(num_local, features, -1).astype(rows.dtype), group_sizes

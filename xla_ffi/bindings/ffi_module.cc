@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "xla_ffi/bindings/targets.h"
+#include "xla_ffi/engine/cpu/grouped_matmul.h"
 #include "xla_ffi/engine/cpu/memory.h"
 #include "xla_ffi/engine/cpu/rows.h"
 #include "xla_ffi/engine/cpu/settings.h"
@@ -29,6 +30,11 @@ nb::dict Info() {
 NB_MODULE(_ffi, m) {
   m.doc() = "The fused engine's custom calls on CPU devices, as capsules for jax.ffi.";
   DefineTargets(m, CpuTargets);
+  m.def(
+      "set_sgemm", [](uintptr_t address) { cpu::SetSgemm(reinterpret_cast<cpu::Sgemm>(address)); },
+      nb::arg("address"),
+      "The address of the cblas_sgemm (with 32-bit integers, on the calling thread alone) that "
+      "grouped matmuls use; 0: none.");
   m.def("info", &Info,
         "What the engine would use now: instruction set, worker threads, time-out in seconds, "
         "strictness, and whether the system offers huge pages. Raises ValueError where an "

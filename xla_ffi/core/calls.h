@@ -87,6 +87,44 @@ struct RaggedAllToAllCall {
   Rows result;
 };
 
+// Rows times the kernel of their group, both of one type that is not kF64. Assignment a of group e
+// (the groups follow one another) is row source[a] of `rows` times kernel[e], or its transpose, and
+// goes to row merge[a] of `out`, times weights[a].
+struct GroupedMatmulCall {
+  Float type = Float::kF32;
+  int64_t num_groups = 0;
+  int64_t num_assignments = 0;           // A
+  const int32_t* group_sizes = nullptr;  // [E]
+  const int32_t* source = nullptr;       // [A], negative: a row of zeros; null: row a
+  const int32_t* merge = nullptr;        // [A], negative: nowhere; null: row a
+  const float* weights = nullptr;        // [A], or null: ones
+  bool transposed = false;
+  int64_t kernel_rows = 0;     // p
+  int64_t kernel_columns = 0;  // q
+  Rows rows;                   // [N, p], or [N, q] where transposed
+  Rows kernel;                 // [E * p, q]
+  Rows partner;                // shaped as `out`, or null
+  Rows out;                    // [M, q], or [M, p] where transposed
+  float* dots = nullptr;       // [A]: <product of a without its weight, partner[merge[a]]>, or null
+};
+
+// The cotangent of the kernel: out[e] is the sum over the assignments of group e of
+// outer(rows[source[a]], weights[a] * g[merge[a]]).
+struct GroupedOuterCall {
+  Float type = Float::kF32;
+  int64_t num_groups = 0;
+  int64_t num_assignments = 0;           // A
+  const int32_t* group_sizes = nullptr;  // [E]
+  const int32_t* source = nullptr;       // [A], as above
+  const int32_t* merge = nullptr;        // [A], as above
+  const float* weights = nullptr;        // [A], or null: ones
+  int64_t kernel_rows = 0;               // p
+  int64_t kernel_columns = 0;            // q
+  Rows rows;                             // [N, p]
+  Rows g;                                // [M, q]
+  Rows out;                              // [E * p, q]
+};
+
 }  // namespace jax_fusco
 
 #endif  // JAX_FUSCO_CORE_CALLS_H_

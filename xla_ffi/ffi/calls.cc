@@ -71,6 +71,43 @@ bool IsWeights(const Buffer& weights, int64_t tokens, int64_t k) {
          weights.dimensions().size() == 2 && Dim(weights, 0) == tokens && Dim(weights, 1) == k;
 }
 
+// The arrays with one entry for each assignment, null where they have none.
+bool ReadAssignments(const Buffer& source, const Buffer& merge, const Buffer& weights,
+                     int64_t if_none, int64_t* count, const int32_t** source_to,
+                     const int32_t** merge_to, const float** weights_to) {
+  *count = if_none;
+  for (const Buffer* each : {&source, &merge, &weights}) {
+    if (each->dimensions().size() != 1) return false;
+    if (Dim(*each, 0) > 0) *count = Dim(*each, 0);
+  }
+  for (const Buffer* each : {&source, &merge, &weights}) {
+    if (Dim(*each, 0) != 0 && Dim(*each, 0) != *count) return false;
+  }
+  if (source.element_type() != ffi::S32 || merge.element_type() != ffi::S32 ||
+      weights.element_type() != ffi::F32) {
+    return false;
+  }
+  if (Dim(source, 0) > 0) *source_to = Ints(source);
+  if (Dim(merge, 0) > 0) *merge_to = Ints(merge);
+  if (Dim(weights, 0) > 0) *weights_to = static_cast<const float*>(weights.untyped_data());
+  return true;
+}
+
+bool IsMatrix(const Buffer& buffer, ffi::DataType type) {
+  return buffer.element_type() == type && buffer.dimensions().size() == 2;
+}
+
+// A stack of matrices [E, p, q] as E * p rows.
+Rows StackToRows(const Buffer& stack) {
+  Rows rows = ToRows(stack);
+  rows.count = Dim(stack, 0) * Dim(stack, 1);
+  rows.bytes = Dim(stack, 2) * static_cast<int64_t>(ffi::ByteWidth(stack.element_type()));
+  return rows;
+}
+
+// BLAS counts with 32-bit integers.
+constexpr int64_t kMostColumns = std::numeric_limits<int32_t>::max();
+
 }  // namespace
 
 ffi::Error ToError(const Status& status) {
@@ -268,6 +305,92 @@ Status Signature<RaggedAllToAllCall>::Read(int64_t num_ranks, Buffer input_offse
   call->operand = ToRows(operand);
   call->output = ToRows(output);
   call->result = ToRows(*result);
+  return Status::Ok();
+}
+
+Status Signature<GroupedMatmulCall>::Read(Buffer rows, Buffer kernel, Buffer group_sizes,
+                                          Buffer source, Buffer merge, Buffer weights,
+                                          Buffer partner, Result out, Result dots,
+                                          int64_t transposed, GroupedMatmulCall* call) {
+  Checks checks(kTarget);
+  const ffi::DataType type = rows.element_type();
+  const auto known = ToFloat(type);
+  checks.Require(known.has_value() && *known != Float::kF64,
+                 "rows must be bfloat16, float16 or float32");
+  checks.Require(kernel.element_type() == type && kernel.dimensions().size() == 3,
+                 "kernel must be [E, n, m] of the type of rows");
+  if (!checks.ok()) return checks.status();
+  const int64_t depth = Dim(kernel, transposed ? 2 : 1), width = Dim(kernel, transposed ? 1 : 2);
+  checks.Require(depth <= kMostColumns && width <= kMostColumns, "rows must be shorter than 2**31");
+  checks.Require(IsMatrix(rows, type) && Dim(rows, 1) == depth, "rows must be [N, n]");
+  checks.Require(IsMatrix(*out, type) && Dim(*out, 1) == width,
+                 "the result must be [M, m] of the type of rows");
+  checks.Require(IsInts(group_sizes, {Dim(kernel, 0)}), "group_sizes must be int32 [E]");
+  checks.Require(ReadAssignments(source, merge, weights, Dim(rows, 0), &call->num_assignments,
+                                 &call->source, &call->merge, &call->weights),
+                 "source and merge must be int32 [A] or [0], weights float32 [A] or [0]");
+  checks.Require(call->source != nullptr || call->num_assignments == Dim(rows, 0),
+                 "rows must be [A, n] where there is no source");
+  checks.Require(call->merge != nullptr || call->num_assignments == Dim(*out, 0),
+                 "the result must be [A, m] where there is no merge");
+  const bool paired = Dim(*dots, 0) > 0;
+  checks.Require(dots->element_type() == ffi::F32 && dots->dimensions().size() == 1 &&
+                     (!paired || Dim(*dots, 0) == call->num_assignments),
+                 "dots must be float32 [A] or [0]");
+  checks.Require(!paired || (IsMatrix(partner, type) && Dim(partner, 0) == Dim(*out, 0) &&
+                             Dim(partner, 1) == width),
+                 "partner must be shaped as the result where there are dots");
+  if (!checks.ok()) return checks.status();
+  call->type = *known;
+  call->num_groups = Dim(kernel, 0);
+  call->group_sizes = Ints(group_sizes);
+  call->transposed = transposed != 0;
+  call->kernel_rows = Dim(kernel, 1);
+  call->kernel_columns = Dim(kernel, 2);
+  call->rows = ToRows(rows);
+  call->kernel = StackToRows(kernel);
+  call->out = ToRows(*out);
+  if (paired) {
+    call->partner = ToRows(partner);
+    call->dots = static_cast<float*>(dots->untyped_data());
+  }
+  return Status::Ok();
+}
+
+Status Signature<GroupedOuterCall>::Read(Buffer rows, Buffer g, Buffer group_sizes, Buffer source,
+                                         Buffer merge, Buffer weights, Result out,
+                                         GroupedOuterCall* call) {
+  Checks checks(kTarget);
+  const ffi::DataType type = rows.element_type();
+  const auto known = ToFloat(type);
+  checks.Require(known.has_value() && *known != Float::kF64,
+                 "rows must be bfloat16, float16 or float32");
+  checks.Require(IsMatrix(rows, type) && IsMatrix(g, type),
+                 "rows must be [N, n], and g [M, m] of their type");
+  checks.Require(Dim(rows, 1) <= kMostColumns && Dim(g, 1) <= kMostColumns,
+                 "rows must be shorter than 2**31");
+  checks.Require(out->element_type() == type && out->dimensions().size() == 3 &&
+                     Dim(*out, 1) == Dim(rows, 1) && Dim(*out, 2) == Dim(g, 1),
+                 "the result must be [E, n, m] of the type of rows");
+  checks.Require(IsInts(group_sizes, {Dim(*out, 0)}), "group_sizes must be int32 [E]");
+  const bool indexed = Dim(source, 0) > 0;
+  checks.Require(
+      ReadAssignments(source, merge, weights, Dim(indexed ? g : rows, 0), &call->num_assignments,
+                      &call->source, &call->merge, &call->weights),
+      "source and merge must be int32 [A] or [0], weights float32 [A] or [0]");
+  checks.Require(call->source != nullptr || call->num_assignments == Dim(rows, 0),
+                 "rows must be [A, n] where there is no source");
+  checks.Require(call->merge != nullptr || call->num_assignments == Dim(g, 0),
+                 "g must be [A, m] where there is no merge");
+  if (!checks.ok()) return checks.status();
+  call->type = *known;
+  call->num_groups = Dim(*out, 0);
+  call->group_sizes = Ints(group_sizes);
+  call->kernel_rows = Dim(rows, 1);
+  call->kernel_columns = Dim(g, 1);
+  call->rows = ToRows(rows);
+  call->g = ToRows(g);
+  call->out = StackToRows(*out);
   return Status::Ok();
 }
 

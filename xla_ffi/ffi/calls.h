@@ -122,6 +122,47 @@ struct Signature<RaggedAllToAllCall> {
                      Result result, RaggedAllToAllCall* call);
 };
 
+// Arrays of no elements stand for what is not given: source, merge, weights, partner.
+template <>
+struct Signature<GroupedMatmulCall> {
+  static constexpr const char* kTarget = "jax_fusco_grouped_matmul";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Attr<int64_t>("transposed");
+  }
+  static Status Read(Buffer rows, Buffer kernel, Buffer group_sizes, Buffer source, Buffer merge,
+                     Buffer weights, Buffer partner, Result out, Result dots, int64_t transposed,
+                     GroupedMatmulCall* call);
+};
+
+template <>
+struct Signature<GroupedOuterCall> {
+  static constexpr const char* kTarget = "jax_fusco_grouped_outer";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Ret<Buffer>();
+  }
+  static Status Read(Buffer rows, Buffer g, Buffer group_sizes, Buffer source, Buffer merge,
+                     Buffer weights, Result out, GroupedOuterCall* call);
+};
+
 }  // namespace jax_fusco
 
 #endif  // JAX_FUSCO_FFI_CALLS_H_

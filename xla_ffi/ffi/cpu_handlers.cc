@@ -1,9 +1,12 @@
 // The handlers of CPU devices: a call is a job that meets its peers at a call site.
 #include <cstring>
+#include <functional>
+#include <iterator>
 #include <memory>
 #include <utility>
 #include <variant>
 
+#include "xla_ffi/engine/cpu/grouped_matmul.h"
 #include "xla_ffi/engine/cpu/shuffle.h"
 #include "xla_ffi/ffi/handlers.h"
 
@@ -116,13 +119,53 @@ constexpr Target TargetOf() {
           Handle<Cpu, Call, ffi::ExecutionStage::kExecute>};
 }
 
+Status Compute(const GroupedMatmulCall& call, const cpu::Settings& settings,
+               const cpu::Workers::Schedule& schedule) {
+  return cpu::GroupedMatmul(call, settings, schedule);
+}
+Status Compute(const GroupedOuterCall& call, const cpu::Settings& settings,
+               const cpu::Workers::Schedule& schedule) {
+  return cpu::GroupedOuter(call, settings, schedule);
+}
+
+// Calls without peers: this thread and XLA's own do the work, and nobody waits for another device.
+template <typename Call>
+XLA_FFI_Error* HandleAlone(XLA_FFI_CallFrame* frame) {
+  auto handle = [](ffi::ThreadPool pool, auto... arguments) -> ffi::Error {
+    return Guard(Signature<Call>::kTarget, [&]() -> ffi::Error {
+      Call call;
+      Status status = Signature<Call>::Read(arguments..., &call);
+      cpu::Settings settings;
+      if (status.ok()) status = cpu::Settings::Read(&settings);
+      if (!status.ok()) return ToError(status);
+      return ToError(Compute(
+          call, settings, [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); }));
+    });
+  };
+  static auto* handler =
+      Signature<Call>::Bind(
+          ffi::Ffi::Bind<ffi::ExecutionStage::kExecute>().template Ctx<ffi::ThreadPool>())
+          .To(handle)
+          .release();
+  return handler->Call(frame);
+}
+
+template <typename Call>
+constexpr Target AloneTargetOf() {
+  return {Signature<Call>::kTarget, nullptr, nullptr, HandleAlone<Call>};
+}
+
 }  // namespace
 
 TargetList CpuTargets() {
-  static const Target targets[] = {TargetOf<PlanCall>(), TargetOf<GatherRowsCall>(),
-                                   TargetOf<GatherRowsWeightedCall>(), TargetOf<ReduceRowsCall>(),
-                                   TargetOf<RaggedAllToAllCall>()};
-  return {targets, 5, "jax_fusco_call", &CpuState::id, &CpuState::info};
+  static const Target targets[] = {TargetOf<PlanCall>(),
+                                   TargetOf<GatherRowsCall>(),
+                                   TargetOf<GatherRowsWeightedCall>(),
+                                   TargetOf<ReduceRowsCall>(),
+                                   TargetOf<RaggedAllToAllCall>(),
+                                   AloneTargetOf<GroupedMatmulCall>(),
+                                   AloneTargetOf<GroupedOuterCall>()};
+  return {targets, std::size(targets), "jax_fusco_call", &CpuState::id, &CpuState::info};
 }
 
 }  // namespace jax_fusco

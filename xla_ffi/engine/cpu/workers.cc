@@ -220,7 +220,7 @@ int Workers::Cores() {
 }
 
 void Workers::ParallelFor(int threads, int64_t num_chunks,
-                          const std::function<void(int64_t)>& chunk) {
+                          const std::function<void(int64_t)>& chunk, const Schedule& schedule) {
   if (threads <= 1 || num_chunks <= 1) {
     const ScopedFpMode mode(FpMode::Default());
     for (int64_t i = 0; i < num_chunks; ++i) chunk(i);
@@ -230,9 +230,14 @@ void Workers::ParallelFor(int threads, int64_t num_chunks,
   loop->chunk = &chunk;
   loop->num_chunks = num_chunks;
   loop->wanted = static_cast<int>(threads < num_chunks ? threads : num_chunks) - 1;
-  TheHelpers().Offer(loop);
-  loop->Run();
-  TheHelpers().Withdraw(loop);
+  if (schedule) {
+    for (int i = 0; i < loop->wanted; ++i) schedule([loop] { loop->Run(); });
+    loop->Run();
+  } else {
+    TheHelpers().Offer(loop);
+    loop->Run();
+    TheHelpers().Withdraw(loop);
+  }
   loop->Wait();
 }
 

@@ -37,11 +37,16 @@ class Workers {
   // Cores that this process may run on.
   static int Cores();
 
+  // Runs a task on a thread of some pool, sooner or later.
+  using Schedule = std::function<void(std::function<void()> task)>;
+
   // Calls `chunk(i)` for every i in [0, num_chunks) on the calling thread and at most `threads` - 1
   // helpers, each in the default floating-point mode, and returns when all have ended. Chunks are
-  // claimed in ascending order.
+  // claimed in ascending order. The helpers are library threads, or tasks of a pool: one that comes
+  // to run when no chunk is left does nothing, so the caller never waits for the pool.
   static void ParallelFor(int threads, int64_t num_chunks,
-                          const std::function<void(int64_t)>& chunk);
+                          const std::function<void(int64_t)>& chunk,
+                          const Schedule& schedule = nullptr);
 
   // Runs `task` on a library thread that runs nothing else until the task has ended: completing a
   // future runs the rest of a device's program, which may block on its peers.
