@@ -11,6 +11,7 @@ from jax_fusco.placement_optimize import optimize_placement
 from jax_fusco.plan import Plan, capacity
 from jax_fusco.pruning import limit_ranks, router_similarity
 from jax_fusco.routing_stats import RoutingStats
+from jax_fusco.token_plan import TokenPlan
 from jax_fusco.topology import Topology
 
 try:
@@ -24,6 +25,7 @@ __all__ = [
     "Placement",
     "Plan",
     "RoutingStats",
+    "TokenPlan",
     "Topology",
     "capacity",
     "combine",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
-from jax_fusco import ffi, mesh, movers, primitive
+from jax_fusco import ffi, mesh, movers, primitive, replicas
 from jax_fusco.mesh import Axis, AxisName, expert_axis
+from jax_fusco.placement import Placement
 from jax_fusco.plan import Plan, dropless_capacity, experts_per_rank, whole
+from jax_fusco.token_plan import TokenPlan, make_token_plan, owners
 from jax_fusco.topology import Topology
 from jax_fusco.two_level_plan import Levels
 
@@ -24,6 +26,7 @@ REMAT_SAVE_NAMES: tuple[str, ...] = (_PLAN_NAME, _ROWS_NAME)
 """Names of a plan's integers and of dispatched rows, for `jax.checkpoint_policies`."""
 
 
+@overload
 def make_plan(
     expert_ids: Int32[Array, "T k"],
     *,
@@ -32,9 +35,39 @@ def make_plan(
     capacity: int | None = None,
     alignment: int = 1,
     topology: Topology | None = None,
-    placement: None = None,
+    placement: Placement | None = None,
+    rows: Literal["assignment"] = "assignment",
     implementation: Implementation = None,
-) -> Plan:
+) -> Plan: ...
+
+
+@overload
+def make_plan(
+    expert_ids: Int32[Array, "T k"],
+    *,
+    axis_name: AxisName,
+    num_experts: int,
+    capacity: int | None = None,
+    alignment: int = 1,
+    topology: Topology | None = None,
+    placement: Placement | None = None,
+    rows: Literal["token"],
+    implementation: Implementation = None,
+) -> TokenPlan: ...
+
+
+def make_plan(
+    expert_ids: Int32[Array, "T k"],
+    *,
+    axis_name: AxisName,
+    num_experts: int,
+    capacity: int | None = None,
+    alignment: int = 1,
+    topology: Topology | None = None,
+    placement: Placement | None = None,
+    rows: str = "assignment",
+    implementation: Implementation = None,
+) -> Plan | TokenPlan:
     """Plans the shuffle of T tokens a rank to their k experts each, and back.
 
     Call it inside `jax.shard_map`, on every rank. Expert `e` lives on rank `e // (num_experts //
@@ -58,7 +91,15 @@ def make_plan(
       topology: which ranks form a node, where rows should cross between nodes once a token (see
         `Topology`); `axis_name` must be its `axis_name`. Slots are those without a topology;
         `combine` then adds in another order.
-      placement: must be None.
+      placement: where experts lie, for a router that speaks of experts: `placement.expert_of_slot`,
+        S slots a rank, one layer's. Slots then take the place of experts: `group_sizes` is `[S]`,
+        rows lie in the order of slots, `capacity` and `Plan.num_experts` are those of R * S
+        experts. Of an expert's replicas those on the token's rank are taken, else those on its node
+        (with a topology), else all, in turn. None: expert `e` in slot `e`.
+      rows: "assignment": a row of the buffer for each assignment. "token": one for each token and
+        rank, in the order of source rank and token, for consumers that read rows through an index
+        (`grouped_matmul(source=, merge=)`); the plan is a `TokenPlan` with room for `capacity`
+        assignments, and for as many rows but at most R * T.
       implementation: "xla" (plain `jax.lax`), "fused" (the engine), a sequence of them tried in
         order, or None: the engine where it is known to reach, else "xla".
 
@@ -73,23 +114,38 @@ def make_plan(
         raise TypeError(f"expert_ids: got dtype {ids.dtype}, need int32")
     if ids.ndim != 2:
         raise ValueError(f"expert_ids: got shape {ids.shape}, need [tokens, experts per token]")
-    if placement is not None:
-        raise ValueError(f"placement: got {placement!r}, need None (nothing else is supported yet)")
     axis = expert_axis(axis_name)
     local = axis if topology is None else _local_axis(topology, axis)
     num_experts = whole("num_experts", num_experts, 1)
     alignment = whole("alignment", alignment, 1)
     experts_per_rank(num_experts, axis.size)
+    if placement is not None:
+        replicas.check(placement, num_experts, axis)
+        num_experts = placement.num_slots * axis.size
     tokens, k = ids.shape
     if capacity is None:
-        rows = dropless_capacity(tokens, k, num_experts, axis.size, alignment)
+        size = dropless_capacity(tokens, k, num_experts, axis.size, alignment)
     else:
-        rows = whole("capacity", capacity, 0)
-    if max(rows, tokens * k) >= 2**31:
+        size = whole("capacity", capacity, 0)
+    if max(size, tokens * k) >= 2**31:
         raise ValueError(
-            f"capacity: got {rows} rows, need fewer than 2**31; pass a smaller capacity"
+            f"capacity: got {size} rows, need fewer than 2**31; pass a smaller capacity"
         )
     chosen = _choose(implementation, local, reached=topology is not None)
+    if placement is not None:
+        ids = replicas.slots_of(chosen, ids, placement, axis, local.size)
+    if rows == "token":
+        plan_of_rows = make_plan(
+            owners(ids, axis, num_experts),
+            axis_name=axis_name,
+            num_experts=axis.size,
+            capacity=min(size, axis.size * tokens),
+            topology=topology,
+            implementation=implementation,
+        )
+        return make_token_plan(ids, plan_of_rows, axis, num_experts, size, alignment)
+    if rows != "assignment":
+        raise ValueError(f"rows: got {rows!r}, need 'assignment' or 'token'")
     if local.size == axis.size:
         topology = None
     elif not ids.size:
@@ -101,13 +157,13 @@ def make_plan(
             jax.lax.stop_gradient(ids),
             topology,
             num_experts=num_experts,
-            capacity=rows,
+            capacity=size,
             alignment=alignment,
         )
         name = functools.partial(checkpoint_name, name=_PLAN_NAME)
         return Plan(
             *map(name, integers),
-            jax.tree.map(name, crossing),
+            crossing=jax.tree.map(name, crossing),
             axis_name=axis.names or None,
             num_experts=num_experts,
             num_ranks=axis.size,
@@ -117,7 +173,7 @@ def make_plan(
 
 
 def dispatch(
-    x: PyTree[Shaped[Array, "T ..."]], plan: Plan, *, padding: str = "zero"
+    x: PyTree[Shaped[Array, "T ..."]], plan: Plan | TokenPlan, *, padding: str = "zero"
 ) -> PyTree[Shaped[Array, "C ..."]]:
     """Moves each token's row to the buffer rows of its experts.
 
@@ -137,7 +193,7 @@ def dispatch(
     Raises:
       TypeError, ValueError: an argument's type or value, named in the message.
     """
-    axis = _plan_axis(plan)
+    plan, axis = _plan_of_rows(plan)
     if padding not in ("zero", "undefined"):
         raise ValueError(f"padding: got {padding!r}, need 'zero' or 'undefined'")
     leaves, tree = jax.tree.flatten(x)
@@ -155,7 +211,7 @@ def dispatch(
 def combine(
     y: Float[Array, "C ..."],
     weights: Float[Array, "T k"] | None,
-    plan: Plan,
+    plan: Plan | TokenPlan,
     *,
     out_dtype: Any = None,
 ) -> Float[Array, "T ..."]:
@@ -174,7 +230,8 @@ def combine(
 
     Args:
       y: rows `[C, ...]` of a floating dtype, where `dispatch` put them.
-      weights: floating `[T, k]`, used in the precision of the sum; None means ones.
+      weights: floating `[T, k]`, used in the precision of the sum; None means ones. Must be None
+        with a `TokenPlan`, whose `local_weights` belong to the products before.
       plan: the plan of this rank.
       out_dtype: a floating dtype, by default that of `y`.
 
@@ -186,7 +243,9 @@ def combine(
     Raises:
       TypeError, ValueError: an argument's type or value, named in the message.
     """
-    axis = _plan_axis(plan)
+    if isinstance(plan, TokenPlan) and weights is not None:
+        raise ValueError("weights: got an array, need None: use plan.local_weights before")
+    plan, axis = _plan_of_rows(plan)
     y = _array("y", y)
     _check_floating("y", y.dtype)
     _check_payload("y", y, "buffer rows", plan.capacity)
@@ -285,7 +344,9 @@ def _indices(plan: Plan) -> primitive.Indices:
     return plan.slot_rank, plan.slot, plan.source_rank, plan.source, plan.chain
 
 
-def _plan_axis(plan: Plan) -> Axis:
+def _plan_of_rows(plan: Plan | TokenPlan) -> tuple[Plan, Axis]:
+    if isinstance(plan, TokenPlan):
+        plan = plan.rows
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, need a jax_fusco.Plan")
     axis = expert_axis(plan.axis_name)
@@ -293,7 +354,7 @@ def _plan_axis(plan: Plan) -> Axis:
         raise ValueError(
             f"plan: got one for {plan.num_ranks} ranks, need one for the {axis.size} ranks here"
         )
-    return axis
+    return plan, axis
 
 
 def _array(name: str, value: Any) -> jax.Array:
