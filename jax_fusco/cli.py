@@ -124,6 +124,51 @@ def bench(
     sys.exit(1 if failed else 0)
 
 
+@main.command("bench-grouped-matmul")
+@click.option("--shape", "shapes", multiple=True, help="A model's layer; may be repeated.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["bfloat16", "float32"]),
+    help="May be repeated; default: both.",
+)
+@click.option("--experts", multiple=True, type=click.IntRange(1), help="Of a rank; default: 16.")
+@click.option("--rows", type=click.IntRange(1), default=8192, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=7, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    default=pathlib.Path("runs/bench"),
+    show_default=True,
+    help="Folder for grouped_matmul.json and grouped_matmul.png.",
+)
+def bench_grouped_matmul(
+    shapes: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    experts: tuple[int, ...],
+    rows: int,
+    repeats: int,
+    out: pathlib.Path,
+) -> None:
+    """Time the experts' products on one CPU device, in turn with one dense product.
+
+    Forward and both gradients of both products of a layer, for equal and for Zipf groups.
+    """
+    from jax_fusco.bench import grouped
+
+    try:
+        cases = grouped.specs(
+            shapes or ("qwen3-30b-a3b", "olmoe-1b-7b"),
+            dtypes or ("bfloat16", "float32"),
+            experts or (16,),
+            rows,
+        )
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    grouped.run(cases, repeats, out, " ".join(["jax-fusco", *sys.argv[1:]]))
+
+
 @main.command()
 @click.argument("routing", type=click.Path(path_type=pathlib.Path))
 @click.option("--ranks-per-node", required=True, type=click.IntRange(1), help="Ranks of a node.")
