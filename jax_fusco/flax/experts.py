@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +34,15 @@ ACTIVATIONS: dict[str, tuple[int, Activation]] = {
 }
 
 
-def _add_bias(rows: jax.Array, bias: jax.Array | None, group_sizes: jax.Array) -> jax.Array:
+def _add_bias(
+    rows: jax.Array, bias: jax.Array | None, group_sizes: jax.Array, **merge: Any
+) -> jax.Array:
     """`rows` [C, m] plus each group's `bias` [E_local, m]."""
     if bias is None:
         return rows
     # A grouped matmul of ones, and not a gather, because its gradient masks the undefined rows.
-    ones = jnp.ones((rows.shape[0], 1), rows.dtype)
-    return rows + grouped_matmul(ones, bias[:, None, :].astype(rows.dtype), group_sizes)
+    ones = jnp.ones((merge["merge"].shape[0] if merge else rows.shape[0], 1), rows.dtype)
+    return rows + grouped_matmul(ones, bias[:, None, :].astype(rows.dtype), group_sizes, **merge)
 
 
 def _activate(hidden: jax.Array, num_projections: int, activation: Activation) -> jax.Array:
@@ -57,22 +60,28 @@ def expert_ffn(
     wo_bias: Float[Array, "E_local d"] | None = None,
     *,
     activation: Activation,
+    source: Int32[Array, " A"] | None = None,
+    weights: Float[Array, " A"] | None = None,
 ) -> Float[Array, "C d"]:
     """The experts' outputs for rows grouped by expert.
+
+    With `source`, assignment a of the groups reads row `source[a]`, and each row of the result is
+    the sum of its assignments' outputs, weighted.
 
     `MoE` leaves the rows past the last group undefined: `grouped_matmul` never reads them, forward
     or in its gradients, so NaN there spreads to nothing.
     """
     num_local, features, num_projections, _ = wi.shape
-    hidden = grouped_matmul(
-        rows, wi.reshape(num_local, features, -1).astype(rows.dtype), group_sizes
-    )
+    wi = wi.reshape(num_local, features, -1).astype(rows.dtype)
+    hidden = grouped_matmul(rows, wi, group_sizes, source=source)
     if wi_bias is not None:
         hidden = _add_bias(hidden, wi_bias.reshape(num_local, -1), group_sizes)
     hidden = _activate(hidden, num_projections, activation)
-    return _add_bias(
-        grouped_matmul(hidden, wo.astype(rows.dtype), group_sizes), wo_bias, group_sizes
-    )
+    merge: dict[str, Any] = {}
+    if source is not None:
+        merge = {"merge": source, "merge_weights": weights, "num_rows": rows.shape[0]}
+    out = grouped_matmul(hidden, wo.astype(rows.dtype), group_sizes, **merge)
+    return _add_bias(out, wo_bias, group_sizes, **merge)
 
 
 def dense_ffn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class LayerConfig:
     alignment: int
     implementation: Implementation
     topology: Topology | None
+    rows: Literal["assignment", "token"]
     dtype: Any
 
 
@@ -94,6 +95,7 @@ def moe_layer(
         )
     plan = jf.make_plan(
         ids,
+        rows=config.rows,
         axis_name=axes.expert,
         num_experts=config.num_experts,
         capacity=capacity,
@@ -103,6 +105,9 @@ def moe_layer(
     )
     # Undefined, not zero: grouped_matmul masks the rows past the last group.
     rows = jf.dispatch(x, plan, padding="undefined")
+    weights, index = routing.weights, {}
+    if isinstance(plan, jf.TokenPlan):
+        weights, index = None, {"source": plan.source, "weights": plan.local_weights(weights)}
     with jax.named_scope("moe_experts"):
         rows = expert_ffn(
             rows,
@@ -112,8 +117,9 @@ def moe_layer(
             params.get("wi_bias"),
             _once(params.get("wo_bias"), axes.model),
             activation=activation,
+            **index,
         )
-    y = jf.combine(rows, routing.weights, plan)
+    y = jf.combine(rows, weights, plan)
     if "shared_wi_kernel" in params:
         with jax.named_scope("moe_shared_experts"):
             shared = params["shared_wi_kernel"], params["shared_wo_kernel"]

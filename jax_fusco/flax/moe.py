@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +91,8 @@ class MoE(nnx.Module):
       model_axis: mesh axis that hidden features are sharded over, or None.
       implementation: of the shuffle, as in `jax_fusco.make_plan`.
       topology: of the ranks of `axis_name`, as in `jax_fusco.make_plan`.
+      rows: what travels, as in `jax_fusco.make_plan`: a row for each "assignment", or fewer, one
+        for each "token" and rank, which grouped matmuls then read through an index.
       rngs: rng key.
 
     Raises:
@@ -120,6 +122,7 @@ class MoE(nnx.Module):
         model_axis: str | None = None,
         implementation: Implementation = None,
         topology: Topology | None = None,
+        rows: Literal["assignment", "token"] = "assignment",
         rngs: nnx.Rngs,
     ):
         self.features = whole("features", features, 1)
@@ -152,7 +155,10 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"axis_name: got {axis_name!r}, need {topology.axis_name} for this topology"
             )
+        if rows not in ("assignment", "token"):
+            raise ValueError(f"rows: got {rows!r}, need 'assignment' or 'token'")
         self.topology = topology
+        self.rows = rows
         self._create_params(kernel_init, bias_init, rngs)
 
     def _param_entries(self) -> dict[str, Entries]:
@@ -284,6 +290,7 @@ class MoE(nnx.Module):
             alignment=self.alignment,
             implementation=self.implementation,
             topology=self.topology,
+            rows=self.rows,
             dtype=jnp.dtype(self.dtype or jnp.result_type(x, params["wi_kernel"])),
         )
         entries = tuple(self._param_entries().items())

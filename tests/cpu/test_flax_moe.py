@@ -230,6 +230,13 @@ def test_experts_over_two_axes_and_tokens_over_chosen_axes() -> None:
 
 
 @AXIS_TYPES
+def test_one_row_a_token(axis_type: AxisType) -> None:
+    mesh = make_mesh({"data": 2, "expert": 2, "model": 2}, axis_type=axis_type)
+    moe = block(rows="token", k=3, use_bias=True, model_axis="model", num_shared_experts=1)
+    assert_equals_dense(moe, mesh, tokens_of(3, 5, 12))
+
+
+@AXIS_TYPES
 def test_over_nodes(axis_type: AxisType) -> None:
     mesh = make_mesh({"data": 2, "node": 2, "expert": 2}, axis_type=axis_type)
     moe = block(axis_name=("node", "expert"), topology=jf.Topology())
@@ -398,19 +405,22 @@ def test_experts_are_chosen_by_differences_that_bfloat16_does_not_have() -> None
     np.testing.assert_array_equal(moe(x)[1].tokens_per_expert, 6 * np.eye(8)[5])
 
 
+@pytest.mark.parametrize("rows", ["assignment", "token"])
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
-def test_undefined_rows_never_spread(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undefined_rows_never_spread(
+    activation: str, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tail of the receive buffer is NaN; the experts' output there becomes NaN too."""
     real = jf.dispatch
 
-    def poisoned(x: jax.Array, plan: jf.Plan, *, padding: str) -> jax.Array:
+    def poisoned(x: jax.Array, plan: jf.Plan | jf.TokenPlan, *, padding: str) -> jax.Array:
         assert padding == "undefined"
-        assert plan.alignment == 4
-        rows = real(x, plan, padding=padding)
-        tail = jnp.arange(plan.capacity) >= plan.group_sizes.sum()
-        return jnp.where(tail[:, None], jnp.nan, rows)
+        used = plan.rows.group_sizes if isinstance(plan, jf.TokenPlan) else plan.group_sizes
+        assert isinstance(plan, jf.TokenPlan) or plan.alignment == 4
+        tail = jnp.arange(plan.capacity) >= used.sum()
+        return jnp.where(tail[:, None], jnp.nan, real(x, plan, padding=padding))
 
-    options = {"use_bias": True, "activation": activation, "alignment": 4}
+    options = {"use_bias": True, "activation": activation, "alignment": 4, "rows": rows}
     x = tokens_of(5, 3, 12)
     # The mask is only there to make a trace of its own, not one that ran before the patch.
     mask = jnp.ones((5, 3), bool)
@@ -448,6 +458,11 @@ def test_undefined_rows_never_spread(activation: str, monkeypatch: pytest.Monkey
             {"axis_name": "experts", "mesh": make_mesh({"data": 2, "expert": 2})},
             ValueError,
             "axis_name: got 'experts', need an axis of the mesh (data, expert) or None",
+        ),
+        (
+            {"rows": "expert"},
+            ValueError,
+            "rows: got 'expert', need 'assignment' or 'token'",
         ),
         (
             {"topology": jf.Topology()},
