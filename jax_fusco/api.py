@@ -188,7 +188,7 @@ def dispatch(
     Returns:
       Arrays `[C, ...]` in expert-major order. Differentiable in floating and complex arrays: the
       cotangent of a token's row is the sum over its rows, in float32 (float64), j ascending,
-      rounded once.
+      rounded once (with a topology: as `combine` says).
 
     Raises:
       TypeError, ValueError: an argument's type or value, named in the message.
@@ -222,11 +222,13 @@ def combine(
     buffer rows outside the groups are never read. Implementations give the same bits, but for
     subnormal numbers: the engine keeps them, XLA on CPU devices flushes them to zero.
 
-    With a topology each node sums its own rows so. Sums of other nodes cross as the topology's
-    `wire_dtype`, rounded to it, and are added, nodes ascending; the token's own node comes last.
-    The bits are those of the flat sum where a token's experts lie on one node and the wire is
-    `out_dtype` or float32; else the two differ by at most `(k + N) * eps * sum |w * y|` in the
-    precision of the sum, plus half a unit of the wire's last place for each node's part.
+    With a topology each node sums its own rows so. Sums of other nodes are rounded to the
+    topology's `wire_dtype` to cross, and are added, nodes ascending; the token's own node comes
+    last. Where a token's experts lie on one node, and the wire is `out_dtype` or the precision of
+    the sum, the bits are those of the flat sum (but that -0 becomes +0). Else the two differ by at
+    most `(k + N) * eps * sum |w * y|` in the precision of the sum, half a unit of the wire's last
+    place for each other node's part, and a unit of that of `out_dtype`. A part that float16 cannot
+    hold is infinite where the whole sum might not be: let float16 cross as "float32".
 
     Args:
       y: rows `[C, ...]` of a floating dtype, where `dispatch` put them.

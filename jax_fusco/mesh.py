@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 AxisName: TypeAlias = str | tuple[str, ...] | None
@@ -69,9 +70,14 @@ class Axis:
 
     def swap(self, x: jax.Array) -> jax.Array:
         """The other rank's `x`, of two."""
-        first_and_second = self.subgroups or ((0, 1),)
-        pairs = [(a, b) for group in first_and_second for a, b in (group, group[::-1])]
-        return lax.ppermute(x, self.names, pairs)
+        # ppermute counts along its axes in the order of the mesh, whatever the order of the names.
+        order = tuple(n for n in jax.sharding.get_abstract_mesh().axis_names if n in self.names)
+        count = [lax.axis_size(name) for name in order]
+        place = np.arange(math.prod(count)).reshape(count)
+        place = place.transpose([order.index(name) for name in self.names]).reshape(-1).tolist()
+        groups = self.subgroups or ((0, 1),)
+        pairs = [(place[a], place[b]) for group in groups for a, b in (group, group[::-1])]
+        return lax.ppermute(x, order, pairs)
 
 
 def expert_axis(axis_name: AxisName) -> Axis:

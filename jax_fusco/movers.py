@@ -43,9 +43,14 @@ def run(implementation: str, name: str, *args: Any, **static: Any) -> Any:
     return lax.platform_dependent(*args, cpu=branches["fused"], default=branches["xla"])
 
 
-def make_integers(implementation: str, expert_ids: jax.Array, **static: Any) -> tuple[Any, ...]:
-    """The integers of a shuffle, in the order of the fields of `Plan`."""
-    chained = implementation == "fused" and ffi.may_run_on_gpu()
+def make_integers(
+    implementation: str, expert_ids: jax.Array, *, chained: bool = False, **static: Any
+) -> tuple[Any, ...]:
+    """The integers of a shuffle, in the order of the fields of `Plan`.
+
+    `chained`: with the chain by which the engine of GPUs reads a token once, where there is one.
+    """
+    chained = chained and implementation == "fused" and ffi.may_run_on_gpu()
     static["chain_rows"] = static["capacity"] if chained else 0
     return run(implementation, "plan", expert_ids, **static)
 

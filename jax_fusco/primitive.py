@@ -30,7 +30,8 @@ def plan(
     """The integers of a shuffle, in the order of the fields of `Plan`, and how rows cross nodes."""
     ids = unshard(expert_ids)
     if topology is None:
-        return make_integers(call.implementation, ids, axis=call.axis, **static), None
+        integers = make_integers(call.implementation, ids, chained=True, axis=call.axis, **static)
+        return integers, None
     return two_level_plan.plan(call.implementation, ids, topology, axis=call.axis, **static)
 
 

@@ -34,7 +34,8 @@ class Topology:
         of axes, row-major) of all ranks.
       ranks_per_node: L; None means the size of `local_axis`, which needs a `node_axis`.
       slice_rows: rows that cross from a rail to a node at a time; None lets a cost model choose.
-      wire_dtype: what partial sums cross as: None for the dtype of the rows, or "float32".
+      wire_dtype: what partial sums cross as: None for the dtype of the rows (float32 where that is
+        narrower than 16 bits), or "float32" (float64 for float64 rows).
       exchange: "dense" (`all_to_all` of slices of one size), or "ragged" (`ragged_all_to_all` of
         the rows there are; see docs/hosts.md for what XLA makes of it).
       members: for each node the names of its devices, where `detect` saw them.
@@ -77,6 +78,8 @@ class Topology:
             raise ValueError(
                 f"local_axis: got {self.local_axis!r}, need one mesh axis beside a node_axis"
             )
+        if len(set(names)) != len(names):
+            raise ValueError(f"local_axis: got {self.local_axis!r}, need distinct mesh axes")
         if self.node_axis in names:
             raise ValueError(f"local_axis: got {self.local_axis!r}, need another than node_axis")
 
@@ -117,9 +120,10 @@ class Topology:
     def rows_of_slices(self, tokens: int, row_bytes: int) -> int:
         """Rows of each slice that a rail sends to a node, of at most `tokens` rows in all.
 
-        A slice costs a fixed time; before the first and after the last nothing overlaps, and half
-        of the last is padding. That is least in all with `sqrt(2.5 * time on the wire / time of a
-        slice)` slices, here between 1 and 16.
+        A slice costs a fixed time. Before the first crosses it is packed, after the last has
+        crossed it is forwarded (both at the speed of the wire, say), and half of the last is
+        padding. That is least in all with `sqrt(2.5 * time on the wire / time of a slice)` slices,
+        here between 1 and 16.
         """
         if self.slice_rows is not None:
             return min(self.slice_rows, max(tokens, 1))

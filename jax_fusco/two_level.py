@@ -155,7 +155,7 @@ def gather_rows(call: Call, rows: Arrays, crossing: Crossing) -> Arrays:
     """Each token's row of each array to the token's slots."""
     tokens, k = crossing.deliver_slot.shape[1:]
     slices = _Slices.of(crossing, sum(x.nbytes // max(tokens, 1) for x in rows))
-    levels, height = slices.levels, slices.rows
+    levels = slices.levels
     gather = functools.partial(
         run, call.implementation, "gather_rows", axis=levels.local, fanout=1, zero_tail=False
     )
@@ -173,8 +173,8 @@ def gather_rows(call: Call, rows: Arrays, crossing: Crossing) -> Arrays:
         return gather(rows, owner, slices.cut(crossing.pack_token, i, -2))
 
     def forward(i: Array, arrived: Arrays, moved: Arrays) -> Arrays:
-        now = filled & ~near & (row // height == i)
-        source = jnp.where(now, slices.place(from_node) * height + row % height, -2)
+        now = filled & ~near & (row // slices.rows == i)
+        source = jnp.where(now, slices.place(from_node) * slices.rows + row % slices.rows, -2)
         return gather(arrived, crossing.from_rank, source, into=moved)
 
     return slices.run(pack, forward, moved)
@@ -202,14 +202,16 @@ def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing)
         return (reduce(y, of_rows, *target, out_dtype=wire),)
 
     def keep(i: Array, arrived: Arrays, returned: Arrays) -> Arrays:
-        part = arrived[0].reshape((slices.blocks, slices.rows, *y.shape[1:]))
+        part = to_words(arrived[0]).reshape((slices.blocks, slices.rows, *y.shape[1:]))
         return (lax.dynamic_update_slice_in_dim(returned[0], part, i * slices.rows, 1),)
 
-    returned = jnp.zeros((slices.blocks, slices.block, *y.shape[1:]), wire)
+    # Words: XLA on CPU devices would convert all of a bfloat16 array to change a part of it.
+    words = jnp.dtype(f"uint{8 * jnp.dtype(wire).itemsize}")
+    returned = jnp.zeros((slices.blocks, slices.block, *y.shape[1:]), words)
     (returned,) = slices.run(partial_sums, keep, (returned,), home=True)
     block = slices.place(jnp.arange(nodes, dtype=jnp.int32)) * slices.block
     at = jnp.where(crossing.rail_row >= 0, block + crossing.rail_row, -1)
-    returned = returned.reshape((slices.blocks * slices.block, *y.shape[1:]))
+    returned = from_words(returned, wire).reshape((slices.blocks * slices.block, *y.shape[1:]))
     others = reduce(returned, None, crossing.rail, at, out_dtype=accumulator)
     return (own + others).astype(call.out_dtype)
 

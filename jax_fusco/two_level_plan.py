@@ -215,7 +215,7 @@ def _rails(implementation: str, owner_node: Array, levels: Levels) -> _Rails:
         jnp.where(filled, source[at] // nodes, -2),
         jnp.where(visits, rail, -1),
         jnp.where(visits, position // ranks, -1),
-        -(-of_owners.sum(0).max() // ranks),
+        -(-of_owners.sum(0, dtype=jnp.int32).max() // ranks),
     )
 
 

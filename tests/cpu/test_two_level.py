@@ -53,6 +53,7 @@ CASES = (
     ({"expert": 8}, one_axis(4, slice_rows=4), 6, 2, 1, 6, F32, 1, 7),
     ({"node": 4, "expert": 1}, two_axes(slice_rows=2), 5, 2, 2, 3, F32, 1, None),
     ({"node": 1, "expert": 4}, two_axes(), 5, 2, 2, 3, F32, 1, None),
+    ({"a": 2, "b": 4}, one_axis(4, ("b", "a"), slice_rows=3), 5, 3, 2, 4, BF16, 2, 9),
     ({"a": 2, "b": 4}, one_axis(2, ("b", "a")), 5, 3, 2, 4, F32, 2, 9),
     ({"expert": 2, "model": 2, "node": 2}, two_axes(), 4, 2, 2, 3, BF16, 1, 4),
 )
@@ -391,6 +392,13 @@ def test_the_cost_model_of_slices():
     assert TWO.rows_of_slices(0, 16) == 1
     assert two_axes(slice_rows=100).rows_of_slices(64, 16) == 64
     assert two_axes(slice_rows=10).rows_of_slices(64, 16) == 10
+
+
+def test_all_integers_have_32_bits(rng):
+    ids = routings.distinct(rng, 4, 6, 3, 8)
+    with jax.enable_x64(True):
+        plan = run_on_nodes(lambda ids, make_plan: make_plan(ids, num_experts=8), "fused", ids)
+    assert {leaf.dtype for leaf in jax.tree.leaves(plan)} == {np.dtype(np.int32)}
 
 
 def test_more_rows_than_numbers_are_said():

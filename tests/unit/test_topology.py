@@ -100,6 +100,11 @@ def test_detect_on_real_devices():
     [
         (lambda: Topology(3), TypeError, "node_axis: got 3, need a mesh axis name or None"),
         (
+            lambda: Topology(None, ("a", "a"), 2),
+            ValueError,
+            "local_axis: got ('a', 'a'), need distinct mesh axes",
+        ),
+        (
             lambda: Topology(slice_rows=0),
             ValueError,
             "slice_rows: got 0, need an integer of at least 1",

@@ -53,6 +53,8 @@ def test_a_slice_crosses_while_its_neighbours_are_packed_and_forwarded(programs,
         (end,) = (n for n, line in enumerate(wide) if "all-to-all-done(" in line)
         between.append(dict(custom_calls("\n".join(lines[start:end]))))
         assert between[-1] == dict(custom_calls("\n".join(lines)))
+        # What was packed makes room for the next, and what arrived goes where the loop keeps it.
+        assert sum(" copy(" in line for line in wide) == 2
     assert sorted(between, key=str) == sorted(movers, key=str)
 
 
