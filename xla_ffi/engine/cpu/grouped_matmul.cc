@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "xla_ffi/engine/cpu/bf16_products.h"
 #include "xla_ffi/engine/cpu/memory.h"
 #include "xla_ffi/engine/cpu/rows.h"
 
@@ -17,7 +18,7 @@ namespace {
 // in float32, and of the result, stay in the second cache.
 constexpr int64_t kTileRows = 256;
 constexpr int64_t kTileColumns = 512;
-constexpr int64_t kTileDepth = 384;
+constexpr int64_t kTileDepth = 384;  // an even number
 // Products of fewer operations than this end before a helper wakes up.
 constexpr double kInlineFlops = 2e6;
 
@@ -48,7 +49,9 @@ class Scratch {
 
 // What a thread needs for its tile. Kept with the thread, so that its pages are there.
 struct TileScratch {
-  Scratch a, b, c;
+  Scratch a, b, c, scaled;
+  std::vector<const uint16_t*> rows;
+  std::vector<const uint32_t*> words;
 };
 TileScratch& ThreadScratch() {
   static thread_local TileScratch scratch;
@@ -100,7 +103,34 @@ struct Operand {
     }
     return {out, stride};
   }
+
+  // Pointers to rows [r, r + height) of a bfloat16 operand from column c on, and to one of zeros
+  // where they are an odd number. Rows with weights are copies, `width` elements long.
+  void Point(int64_t r, int64_t height, int64_t c, int64_t width, TileScratch* scratch) const {
+    static const uint16_t kZeros[std::max(kTileDepth, kTileColumns)] = {};
+    scratch->rows.clear();
+    uint16_t* copies = nullptr;
+    if (weights != nullptr) {
+      copies = reinterpret_cast<uint16_t*>(scratch->scaled.Get((height * width + 1) / 2));
+    }
+    const auto bf16 = static_cast<size_t>(Float::kBf16);
+    for (int64_t i = 0; i < height; ++i) {
+      const void* row = At(r + i, c);
+      if (row != nullptr && weights != nullptr) {
+        kernels.sum_rows[bf16][bf16](&row, weights + r + i, 1, width, copies + i * width, &row);
+        row = copies + i * width;
+      }
+      scratch->rows.push_back(row == nullptr ? kZeros : static_cast<const uint16_t*>(row));
+    }
+    if (height % 2 != 0) scratch->rows.push_back(kZeros);
+  }
 };
+
+// Whether sums of so many products of this type have instructions of their own here.
+bool IsNative(Float type, int64_t depth, const Settings& settings) {
+  return type == Float::kBf16 && depth % 2 == 0 && settings.isa == Isa::kAvx512 &&
+         HasBf16Products();
+}
 
 // c [m, n] += op(a) op(b), or = where it is the first part of the sum.
 void Multiply(bool transpose_a, const Block& a, bool transpose_b, const Block& b, int64_t m,
@@ -243,6 +273,26 @@ class Product {
     }
     TileScratch& scratch = ThreadScratch();
     const int64_t row = tile.group * call_.kernel_rows;
+    if (IsNative(call_.type, depth_, settings_)) {
+      for (int64_t k = 0; k < depth_; k += kTileDepth) {
+        const int64_t part = std::min(kTileDepth, depth_ - k);
+        auto* const packed = reinterpret_cast<uint32_t*>(scratch.b.Get(PackedWords(part, columns)));
+        if (call_.transposed) {
+          kernel_.Point(row + tile.begin, columns, k, part, &scratch);
+          PackBf16Columns(scratch.rows.data(), part, columns, packed);
+        } else {
+          kernel_.Point(row + k, part, tile.begin, columns, &scratch);
+          PackBf16Rows(scratch.rows.data(), part, columns, packed);
+        }
+        rows_.Point(tile.first, height, k, part, &scratch);
+        scratch.words.clear();
+        for (const uint16_t* a : scratch.rows) {
+          scratch.words.push_back(reinterpret_cast<const uint32_t*>(a));
+        }
+        MultiplyBf16(scratch.words.data(), 1, packed, height, columns, part, k == 0, c, stride);
+      }
+      return;
+    }
     const int64_t step = rows_.direct() && kernel_.direct() ? depth_ : kTileDepth;
     for (int64_t k = 0; k < depth_; k += step) {
       const int64_t part = std::min(step, depth_ - k);
@@ -403,6 +453,18 @@ class Product {
 
 }  // namespace
 
+bool HasBf16Products() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    __builtin_cpu_init();
+    return BestIsa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 void SetSgemm(Sgemm sgemm) { the_sgemm.store(sgemm, std::memory_order_relaxed); }
 
 Status GroupedMatmul(const GroupedMatmulCall& call, const Settings& settings,
@@ -436,6 +498,7 @@ Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
     return call.group_sizes[a.group] > call.group_sizes[b.group];
   });
   const bool in_place = call.type == Float::kF32;
+  const bool native = IsNative(call.type, 0, settings);
   const auto round =
       kernels.sum_rows[static_cast<size_t>(Float::kF32)][static_cast<size_t>(call.type)];
   const double flops = 2.0 * static_cast<double>(total) * static_cast<double>(call.kernel_rows) *
@@ -460,7 +523,23 @@ Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
                               : scratch.c.Get(kTileRows * kTileColumns);
     const int64_t stride = in_place ? call.kernel_columns : columns;
     const int64_t step = rows.direct() && g.direct() ? size : kTileDepth;
-    for (int64_t k = 0; k < size; k += step) {
+    for (int64_t k = 0; native && k < size; k += kTileDepth) {
+      const int64_t part = std::min(kTileDepth, size - k), even = part + part % 2;
+      auto* const a = reinterpret_cast<uint32_t*>(scratch.a.Get(PackedWords(even, height)));
+      auto* const b = reinterpret_cast<uint32_t*>(scratch.b.Get(PackedWords(even, columns)));
+      rows.Point(from + k, part, tile.first, height, &scratch);
+      PackBf16Rows(scratch.rows.data(), even, height, a);
+      g.Point(from + k, part, tile.begin, columns, &scratch);
+      PackBf16Rows(scratch.rows.data(), even, columns, b);
+      scratch.words.clear();
+      for (int64_t i = 0; i < height; ++i) {
+        const int64_t panel = i / kPanelColumns * kPanelColumns;
+        scratch.words.push_back(a + panel * even / 2 + i % kPanelColumns);
+      }
+      MultiplyBf16(scratch.words.data(), kPanelColumns, b, height, columns, even, k == 0, c,
+                   stride);
+    }
+    for (int64_t k = 0; !native && k < size; k += step) {
       const int64_t part = std::min(step, size - k);
       const Block a = rows.Get(from + k, part, tile.first, height, &scratch.a);
       const Block b = g.Get(from + k, part, tile.begin, columns, &scratch.b);
