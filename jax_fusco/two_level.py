@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fusco import reference
-from jax_fusco.mesh import platform, vary, varying_axes
+from jax_fusco.mesh import Axis, platform, vary, varying_axes
 from jax_fusco.movers import Call, run
 from jax_fusco.plan import Crossing
 from jax_fusco.reference import from_words, to_words
@@ -225,15 +226,22 @@ def gather_rows_weighted(
     call = dataclasses.replace(call, zero_tail=True)
     rows, scales = gather_rows(call, (g, weights), crossing)
     assignment = crossing.from_assignment
-    scale = jnp.take_along_axis(scales, jnp.maximum(assignment, 0)[:, None] % k, 1)[:, 0]
-
-    def wide(x: Array) -> Array:
-        return x.astype(weights.dtype)
-
-    broadcast = (-1,) + (1,) * (y.ndim - 1)
-    filled = (assignment >= 0).reshape(broadcast)
-    dy = (wide(rows) * scale.reshape(broadcast)).astype(y.dtype)
-    dots = jnp.sum(wide(rows) * wide(jnp.where(filled, y, 0)), axis=tuple(range(1, y.ndim)))
+    choice = jnp.maximum(assignment, 0) % max(k, 1)
+    scale = jnp.take_along_axis(scales, choice[:, None], 1)
+    # The rest is a weighted gather of rows that lie here.
+    capacity, width = y.shape[0], math.prod(y.shape[1:])
+    source = jnp.where(assignment >= 0, jnp.arange(capacity, dtype=jnp.int32), assignment)
+    dy, dots = run(
+        call.implementation,
+        "gather_rows_weighted",
+        rows.reshape(capacity, width),
+        scale,
+        y.reshape(capacity, width),
+        jnp.minimum(source, 0),
+        source,
+        jnp.zeros(0, jnp.int32),
+        axis=Axis((), 1),
+    )
 
     # Each dot product lies where its row lies: to the forwarder, over the link, to the owner.
     gather = functools.partial(
@@ -250,7 +258,7 @@ def gather_rows_weighted(
     at = (node * tokens + row) * k + jnp.arange(k, dtype=jnp.int32)
     at = jnp.where(crossing.owner_node >= 0, at, -1)
     (home,) = gather((back,), rail.reshape(-1), at.reshape(-1))
-    return dy, home.reshape(weights.shape)
+    return dy.reshape(y.shape), home.reshape(weights.shape)
 
 
 def _to_forwarders(call: Call, weights: Array, crossing: Crossing, levels: Levels) -> Array:
