@@ -175,8 +175,8 @@ def times(shuffle: Shuffle, ways: list[str], repeats: int) -> dict[str, dict[str
     programs = {case: shuffle.program(case[1], case[0]) for case in cases}
     rounds = [(n, case) for n in range(-1, repeats) for case in cases]
     for n, (op, way) in tqdm(rounds, disable=jax.process_index() != 0):
-        if op == "plan":  # too short to bear what the call before has left to do
-            jax.block_until_ready(programs[op, way]())
+        # What follows a call that took much memory is slow, whatever it is: nobody is timed first.
+        jax.block_until_ready(programs[op, way]())
         sync_global_devices(f"{n} {op} {way}")
         start = time.perf_counter()
         jax.block_until_ready(programs[op, way]())

@@ -79,7 +79,7 @@ def plan(
         deliver_rank, deliver_slot, *origin = _forwarders(
             implementation, cells, rails_of, levels, capacity
         )
-        from_rank, from_assignment, source_rank, source = origin
+        from_rank, from_assignment, source_rank, source, most_rows = origin
     integers = (
         cells.group_sizes,
         cells.expert_counts,
@@ -101,7 +101,7 @@ def plan(
         deliver_slot,
         from_rank,
         from_assignment,
-        lax.pmax(rails_of.most_rows, axis.names),
+        most_rows,
         topology,
     )
     return vary((integers, crossing), varying_axes(expert_ids) | checked_axes(axis))
@@ -231,7 +231,7 @@ def _forwarders(
 
     Returns:
       deliver_rank, deliver_slot, from_rank, from_assignment (as in `Crossing`), source_rank, source
-      (as in `Plan`).
+      (as in `Plan`), most_rows (of all nodes).
     """
     (nodes, tokens), k = packed.pack_token.shape, cells.slot.shape[1]
     ranks, local, here = levels.local.size, levels.local.rank(), levels.node.rank()
@@ -258,7 +258,11 @@ def _forwarders(
     wanted = (token.reshape(nodes, tokens, 1) >= 0) & (address >> inside == node[:, :, None])
     target = jnp.where(wanted, address & ((1 << inside) - 1), -1)
     sender = jnp.where(token >= 0, owner * tokens + token, -1).reshape(nodes, tokens, 1)
-    letters = levels.node.all_to_all(jnp.concatenate([target, sender], 2))
+    letters = jnp.concatenate([target, sender], 2)
+    # One letter more in each block: the most rows that a rail here sends to another node.
+    most_rows = jnp.broadcast_to(packed.most_rows, (nodes, 1, k + 1))
+    letters = levels.node.all_to_all(jnp.concatenate([letters, most_rows], 1))
+    letters, most_rows = letters[:, :-1], letters[:, -1].max()
 
     target = letters[:, :, :k]
     deliver_rank = target >> slot_bits  # arithmetic: -1 stays -1
@@ -295,4 +299,5 @@ def _forwarders(
     source_rank = from_assignment // (tokens * k) * ranks + sender // tokens
     source = sender % tokens * k + from_assignment % k
     results = (from_rank, from_assignment, source_rank, source)
-    return deliver_rank, deliver_slot, *(jnp.where(filled, x, empty) for x in results)
+    results = (jnp.where(filled, x, empty) for x in results)
+    return deliver_rank, deliver_slot, *results, most_rows
