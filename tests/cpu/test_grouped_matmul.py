@@ -91,6 +91,9 @@ class Case:
         if weights:
             self.weights = rng.choice([-1.0, 0.5, 1.0, 2.0], count)
             self.weights[total:] = np.nan
+            for index in (self.source, self.merge):
+                if index is not None:
+                    self.weights[index < 0] = np.nan
 
     def options(self):
         given = {"source": self.source, "merge": self.merge, "num_rows": self.num_rows}
