@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Int32, PyTree
 
+from jax_fusco.mesh import AxisName
 from jax_fusco.plan import experts_per_rank, whole
 from jax_fusco.routing_stats import RoutingStats
 
@@ -213,6 +214,29 @@ class Placement:
         from jax_fusco.placement_state import apply
 
         return apply(self, model_state, optimizer_state, expert_axes)
+
+    def sum_replicas(self, gradients: PyTree, *, axis_name: AxisName = None) -> PyTree:
+        """Gives every copy of an expert the sum of the gradients of all its copies.
+
+        What a training step with replicas does before its optimizer: copies that started alike
+        then stay alike, to the bit, and train as one expert would. Only experts that have copies
+        are added and exchanged. With one placement a layer, and leaves `[L, R*S, ...]`, map it:
+        `jax.vmap(Placement.sum_replicas)(placement, gradients)`.
+
+        Args:
+          gradients: a pytree of arrays in the order of slots, `[R*S, ...]`, of any sharding; with
+            an `axis_name` this rank's `[S, ...]`.
+          axis_name: inside `jax.shard_map`, the mesh axis of the ranks, or a tuple of axes.
+
+        Returns:
+          The same pytree. Sums are made in float32 (or wider, as the leaf) and rounded once.
+
+        Raises:
+          TypeError, ValueError: an argument's type or value, named in the message.
+        """
+        from jax_fusco.replicas import sum_replicas
+
+        return sum_replicas(self, gradients, axis_name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file."""
