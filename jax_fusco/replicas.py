@@ -174,4 +174,5 @@ def _sum_sharded(gradient: Array, group: Array, number: int) -> Array:
     if all(part is None for part in sharding.spec):
         return run(gradient, group)
     # Explicit axes refuse to add and gather along a sharded axis; the same axes under Auto do not.
-    return jax.sharding.auto_axes(run, out_sharding=sharding)(gradient, group)
+    under_auto: Any = jax.sharding.auto_axes(run, out_sharding=sharding)
+    return under_auto(gradient, group)

@@ -120,6 +120,36 @@ def make_plan(
     return plan
 
 
+def place(
+    expert_ids: np.ndarray,
+    expert_of_slot: np.ndarray,
+    num_experts: int,
+    ranks_per_node: int | None = None,
+) -> np.ndarray:
+    """The slot of each assignment of `[R, T, k]`, out of range where the id is.
+
+    The nearest replicas take the assignments of a rank in turn, the rank says which begins.
+    """
+    num_ranks, tokens, k = expert_ids.shape
+    local, slots = len(expert_of_slot) // num_ranks, np.full_like(expert_ids, -1)
+    node = ranks_per_node or num_ranks
+    for rank in range(num_ranks):
+        seen = [0] * num_experts
+        for t in range(tokens):
+            for j in range(k):
+                expert = int(expert_ids[rank, t, j])
+                if not 0 <= expert < num_experts:
+                    slots[rank, t, j] = -1 if expert == -1 else len(expert_of_slot)
+                    continue
+                everywhere = [s for s, e in enumerate(expert_of_slot) if e == expert]
+                mine = [s for s in everywhere if s // local == rank]
+                beside = [s for s in everywhere if s // local // node == rank // node]
+                nearest = mine or beside or everywhere
+                slots[rank, t, j] = nearest[(seen[expert] + rank) % len(nearest)]
+                seen[expert] += 1
+    return slots
+
+
 def dispatch(x: np.ndarray, plan: Plan) -> np.ndarray:
     """Rows `[R, C, ...]` of `x` `[R, T, ...]`: zero wherever no assignment lies."""
     rows = np.zeros((len(x), plan.capacity, *x.shape[2:]), x.dtype)

@@ -128,8 +128,28 @@ def plan(expert_ids=IDS, **changes):
         ),
         (
             {"placement": 1},
+            TypeError,
+            "placement: got int, need a jax_fusco.Placement or None",
+        ),
+        (
+            {"placement": jf.Placement.identity(8, 4, num_layers=2)},
             ValueError,
-            "placement: got 1, need None (nothing else is supported yet)",
+            "placement: got one for 2 layers, need that of one layer",
+        ),
+        (
+            {"placement": jf.Placement.identity(8, 2)},
+            ValueError,
+            "placement: got one for 2 ranks, need one for the 4 ranks here",
+        ),
+        (
+            {"placement": jf.Placement.identity(16, 4)},
+            ValueError,
+            "num_experts: got 8, need 16, the experts of the placement",
+        ),
+        (
+            {"placement": jf.Placement(np.arange(2, dtype=np.int32), 8, 4, 4)},
+            ValueError,
+            "placement: got 2 slots, need those of all 4 ranks (into shard_map by PartitionSpec())",
         ),
         (
             {"implementation": "cuda"},
