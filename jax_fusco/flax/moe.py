@@ -158,7 +158,7 @@ class MoE(nnx.Module):
         if rows not in ("assignment", "token"):
             raise ValueError(f"rows: got {rows!r}, need 'assignment' or 'token'")
         self.topology = topology
-        self.rows = rows
+        self.rows: Literal["assignment", "token"] = rows
         self._create_params(kernel_init, bias_init, rngs)
 
     def _param_entries(self) -> dict[str, Entries]:
