@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
 PYTEST_ARGS ?=
+# Test files run at once: compiling a test's programs takes one core.
+JOBS ?= 2
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 QUIET ?= -qq
@@ -61,7 +63,7 @@ native-%: $(VENV)/.group-native
 	$(BIN)/ctest --test-dir _skbuild/native-$* --output-on-failure --no-tests=error
 
 pytest: $(VENV)/.extra-test  ## Python tests: make pytest PYTEST_ARGS='tests/unit -k plan'
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 protocol: $(VENV)/.extra-test  ## the handshake of GPUs, in all interleavings; wants spin
 	@command -v spin > /dev/null || { echo "make protocol: needs spin (Debian's package spin)"; exit 1; }

@@ -71,7 +71,8 @@ class Plan:
       num_invalid: ids outside [-1, num_experts) in this rank's own `expert_ids`.
       chain: lets the engine of GPUs read a token once for all its rows here; empty elsewhere.
       crossing: how rows cross between nodes, None without a topology.
-      axis_name, num_experts, num_ranks, alignment, implementation: static, as given or chosen.
+      axis_name, num_experts, num_ranks, alignment, implementation: static, as given or chosen; with
+        a placement `num_experts` is the number of its slots.
     """
 
     group_sizes: Int32[Array, " E_local"]

@@ -33,7 +33,7 @@ class TokenPlan:
       choice: its j, the place among the token's experts.
       num_dropped: assignments to this rank's experts that found no room, their row's included.
       num_invalid: ids outside [-1, num_experts) in this rank's own `expert_ids`.
-      num_experts: static, as given.
+      num_experts: static, as given; with a placement the number of its slots.
     """
 
     rows: Plan
