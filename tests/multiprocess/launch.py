@@ -25,9 +25,11 @@ from pathlib import Path
 
 _TAIL = 3000  # characters of each stream in a failure's message
 _GRACE = 3.0  # seconds that the others have to say their part after the first failure
-# The parent's death kills the process (PR_SET_PDEATHSIG is 1); the setting survives execv.
+# The parent's death kills the process (PR_SET_PDEATHSIG is 1); the setting survives execv. So would
+# an ignored SIGINT, which background jobs of a shell inherit.
 _GUARD = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, 9); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
 )
 
