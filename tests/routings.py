@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import numpy as np
+
+
+def mixed(draw, shape, experts):
+    """(ids `[groups, R, T, k]`, the rng) drawn: any mix of spread, crowded, absent and bad ids."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    width = draw(st.integers(1, experts))  # ids crowd into so many experts ...
+    first = draw(st.integers(0, experts - width))  # ... from here on
+    ids = rng.integers(first, first + width, shape).astype(np.int32)
+    absent, bad = draw(st.sampled_from([0, 0.1, 0.5, 1])), draw(st.sampled_from([0, 0, 0.2]))
+    ids[rng.random(ids.shape) < absent] = -1
+    invalid = draw(st.sampled_from([-2, experts, 2**31 - 1, -(2**31)]))
+    ids[rng.random(ids.shape) < bad] = invalid
+    if draw(st.booleans()):  # one rank on its own
+        ids[:, draw(st.integers(0, shape[1] - 1))] = draw(st.integers(-1, experts - 1))
+    return ids, rng
 
 
 def distinct(rng, ranks, tokens, k, experts):

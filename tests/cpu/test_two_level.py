@@ -111,18 +111,7 @@ def routed(draw, case):
     sizes, topology, tokens, k, local, *_ = CASES[case]
     ranks = ranks_of(sizes, topology)
     groups = int(np.prod(list(sizes.values()))) // ranks
-    experts = ranks * local
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    width = draw(st.integers(1, experts))  # ids crowd into so many experts ...
-    first = draw(st.integers(0, experts - width))  # ... from here on
-    ids = rng.integers(first, first + width, (groups, ranks, tokens, k)).astype(np.int32)
-    absent, bad = draw(st.sampled_from([0, 0.1, 0.5, 1])), draw(st.sampled_from([0, 0, 0.2]))
-    ids[rng.random(ids.shape) < absent] = -1
-    invalid = draw(st.sampled_from([-2, experts, 2**31 - 1, -(2**31)]))
-    ids[rng.random(ids.shape) < bad] = invalid
-    if draw(st.booleans()):  # one rank on its own
-        ids[:, draw(st.integers(0, ranks - 1))] = draw(st.integers(-1, experts - 1))
-    return ids, rng
+    return routings.mixed(draw, (groups, ranks, tokens, k), ranks * local)
 
 
 # Plain XLA compiles slowly.
