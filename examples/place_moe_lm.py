@@ -90,8 +90,8 @@ class Study:
             for block in model.blocks:
                 normed = block.moe_norm(x + block.attention(block.attention_norm(x)))
                 logits.append(normed @ block.moe.params()["router_kernel"])
-                ids.append(block.expert_ids(x))
-                x, _ = block(x, None)
+                x, metrics = block(x, None)
+                ids.append(metrics.expert_ids)
             return jnp.stack(ids), jnp.stack(logits)
 
         with jax.set_mesh(trainer.mesh):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -127,19 +128,19 @@ class RoutingStats:
         if layers is None:
             if layer is not None:
                 raise ValueError(f"layer: got {layer!r}, need None for statistics without layers")
-            return _update(self, ids)
+            return _auto(_update, self, ids)
         if layer is None:
             if ids.ndim < 3 or ids.shape[0] != layers:
                 raise ValueError(
                     f"expert_ids: got shape {ids.shape}, need [{layers}, ..., experts per token] "
                     "for all layers at once, or a layer"
                 )
-            return jax.vmap(_update)(self, ids)
+            return _auto(jax.vmap(_update), self, ids)
         if not isinstance(layer, jax.Array):
             layer = whole("layer", layer, 0)
             if layer >= layers:
                 raise ValueError(f"layer: got {layer}, need one of the {layers} layers from 0")
-        return _update_layer(self, ids, layer)
+        return _auto(_update_layer, self, ids, layer)
 
     def merge(self, other: RoutingStats) -> RoutingStats:
         """Both together, as if one had counted the tokens of both.
@@ -249,6 +250,21 @@ def _mix(*words: jax.Array) -> jax.Array:
         state = (state ^ (state >> 13)) * jnp.uint32(0xC2B2AE35)
         state = state ^ (state >> 16)
     return state
+
+
+def _auto(
+    update: Callable[..., RoutingStats], stats: RoutingStats, ids: jax.Array, *layer: Any
+) -> RoutingStats:
+    """`update(stats, ids, *layer)` where `ids` may be sharded over Explicit axes.
+
+    Those refuse sums along a sharded axis; under Auto axes XLA adds what each device counted.
+    """
+    sharding = jax.typeof(ids).sharding
+    if all(part is None for part in sharding.spec):
+        return update(stats, ids, *layer)
+    whole = jax.NamedSharding(sharding.mesh, jax.P())
+    under_auto: Any = jax.sharding.auto_axes(update, out_sharding=whole)
+    return under_auto(stats, ids, *layer)
 
 
 def _hits(ids: jax.Array, num_experts: int) -> jax.Array:

@@ -106,6 +106,7 @@ class Block(nnx.Module):
             num_shared_experts=config.shared_experts,
             capacity_factor=config.capacity_factor,
             implementation=config.implementation,
+            report_expert_ids=True,
             rngs=rngs,
         )
         self.dropout = nnx.Dropout(config.dropout)
@@ -114,15 +115,6 @@ class Block(nnx.Module):
         x = x + self._drop(self.attention(self.attention_norm(x)), rngs)
         y, metrics = self.moe(self.moe_norm(x))
         return x + self._drop(y, rngs), metrics
-
-    def expert_ids(self, x: jax.Array) -> jax.Array:
-        """Where `__call__` without dropout sends `x[B, T, width]`: `[B, T, k]`."""
-        moe = self.moe
-        x = self.moe_norm(x + self.attention(self.attention_norm(x))).astype(jnp.float32)
-        kernel = moe.params()["router_kernel"].astype(jnp.float32)
-        logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
-        ids = moe.router(logits.reshape(-1, moe.num_experts), moe.top_k).expert_ids
-        return ids.reshape(*x.shape[:-1], moe.top_k)
 
     def _drop(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         return self.dropout(x, deterministic=rngs is None, rngs=rngs)
@@ -158,13 +150,6 @@ class Transformer(nnx.Module):
             x, layer_metrics = block(x, rngs)
             metrics.append(layer_metrics)
         return self.head(self.norm(x)), metrics
-
-    def expert_ids(self, tokens: jax.Array, layer: int) -> jax.Array:
-        """The experts of every token in one layer: int32 `[B, T, k]` for `tokens[B, T]`."""
-        x = self.embed(tokens)
-        for block in self.blocks[:layer]:
-            x, _ = block(x, None)
-        return self.blocks[layer].expert_ids(x)
 
     def step(
         self, tokens: jax.Array, caches: list[dict[str, jax.Array]], position: jax.Array

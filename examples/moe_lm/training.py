@@ -173,7 +173,7 @@ class Trainer:
 
     def _routing(self, state: nnx.State, batch: jax.Array, *, layer: int) -> jax.Array:
         model, _ = nnx.merge(self.graphdef, state)
-        return model.expert_ids(batch.astype(jnp.int32)[:, :-1], layer)
+        return model(batch.astype(jnp.int32)[:, :-1])[1][layer].expert_ids
 
 
 def _loss(

@@ -34,6 +34,7 @@ class LayerConfig:
     implementation: Implementation
     topology: Topology | None
     rows: Literal["assignment", "token"]
+    report_expert_ids: bool
     dtype: Any
 
 
@@ -63,11 +64,12 @@ def _once(bias: jax.Array | None, model: str | None) -> jax.Array | None:
 
 def moe_layer(
     config: LayerConfig, axes: LocalAxes, params: Params, x: jax.Array, mask: jax.Array | None
-) -> tuple[jax.Array, MoEMetrics]:
-    """`x` [..., d] and `mask` [...] of this rank -> (y [..., d], metrics over the whole mesh).
+) -> tuple[tuple[jax.Array, jax.Array | None], MoEMetrics]:
+    """`x` [..., d] and `mask` [...] of this rank -> ((y, expert ids), metrics).
 
     `params` holds this rank's shards under the names of `MoE`'s attributes. Masked tokens must be
-    zero in `x`; they go to no expert.
+    zero in `x`; they go to no expert. y [..., d] and ids [..., k] are of this rank's tokens (ids
+    None where nobody asked for them); the metrics are of the whole mesh, and without ids.
     """
     shape, x = x.shape, x.reshape(-1, x.shape[-1])
     mask = None if mask is None else mask.reshape(-1)
@@ -130,4 +132,5 @@ def moe_layer(
         metrics = measure(
             logits, routing, ids, mask, plan.num_dropped, plan.num_invalid, axes.tokens
         )
-    return y.reshape(shape), metrics
+    reported = ids.reshape(*shape[:-1], -1) if config.report_expert_ids else None
+    return (y.reshape(shape), reported), metrics

@@ -17,6 +17,9 @@ from jax_fusco.flax.router import Routing
 class MoEMetrics:
     """Routing of one layer, summed over the mesh; the same values on every device. A pytree.
 
+    Only `expert_ids` is of each token, sharded as the tokens are, and therefore there on request
+    alone: sums may be logged, averaged and returned from a shard_map by one `PartitionSpec()`.
+
     Attributes:
       load_balance_loss: E * sum_e (share of assignments to e) * (mean probability of e), 1 if
         balanced. Differentiable through the probabilities. Source: Fedus et al. 2021, "Switch
@@ -26,6 +29,8 @@ class MoEMetrics:
       tokens_per_expert: assignments the router made to each expert, dropped ones included.
       dropped: assignments that found no room in a receive buffer.
       invalid: expert ids outside [-1, num_experts), which only a router of one's own can produce.
+      expert_ids: the experts of each token, -1 where it is masked, for `jax_fusco.RoutingStats`;
+        None, a pytree without leaves, unless the block has `report_expert_ids`.
     """
 
     load_balance_loss: Float[Array, ""]
@@ -33,6 +38,7 @@ class MoEMetrics:
     tokens_per_expert: Int32[Array, " E"]
     dropped: Int32[Array, ""]
     invalid: Int32[Array, ""]
+    expert_ids: Int32[Array, "*batch k"] | None = None
 
 
 def measure(

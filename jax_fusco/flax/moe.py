@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -37,10 +38,11 @@ def _apply(
 ) -> tuple[jax.Array, MoEMetrics]:
     if mask is not None:
         x = jnp.where(mask[..., None], x, 0)
-    local = functools.partial(moe_layer, config, layout.local)
-    if not layout.opened:
-        return local(params, x, mask)
-    return run_sharded(local, layout, params, dict(param_entries), x, mask)
+    run: Any = functools.partial(moe_layer, config, layout.local)
+    if layout.opened:
+        run = functools.partial(run_sharded, run, layout, dict(param_entries))
+    (y, ids), metrics = run(params, x, mask)
+    return y, dataclasses.replace(metrics, expert_ids=ids)
 
 
 class MoE(nnx.Module):
@@ -93,6 +95,7 @@ class MoE(nnx.Module):
       topology: of the ranks of `axis_name`, as in `jax_fusco.make_plan`.
       rows: what travels, as in `jax_fusco.make_plan`: a row for each "assignment", or fewer, one
         for each "token" and rank, which grouped matmuls then read through an index.
+      report_expert_ids: whether `MoEMetrics` holds the experts of each token.
       rngs: rng key.
 
     Raises:
@@ -123,6 +126,7 @@ class MoE(nnx.Module):
         implementation: Implementation = None,
         topology: Topology | None = None,
         rows: Literal["assignment", "token"] = "assignment",
+        report_expert_ids: bool = False,
         rngs: nnx.Rngs,
     ):
         self.features = whole("features", features, 1)
@@ -135,9 +139,8 @@ class MoE(nnx.Module):
             raise TypeError(f"router: got {router!r}, need a jax_fusco.flax.Router")
         router.check(num_experts, top_k)
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation: got {activation!r}, need one of {', '.join(ACTIVATIONS)}"
-            )
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation: got {activation!r}, need one of {known}")
         self.axis_name = axis_name
         self.router = router
         self.activation = activation
@@ -159,6 +162,7 @@ class MoE(nnx.Module):
             raise ValueError(f"rows: got {rows!r}, need 'assignment' or 'token'")
         self.topology = topology
         self.rows: Literal["assignment", "token"] = rows
+        self.report_expert_ids = report_expert_ids
         self._create_params(kernel_init, bias_init, rngs)
 
     def _param_entries(self) -> dict[str, Entries]:
@@ -228,7 +232,7 @@ class MoE(nnx.Module):
     def _sharding_metadata(self) -> dict[str, Any]:
         """Shard parameters as they are made where the mesh is known, else only name the axes."""
         if self.mesh is not None:
-            self._check_mesh(self._layout())
+            self._layout()  # checks
             return {"mesh": self.mesh}
         ambient = jax.sharding.get_abstract_mesh()
         named = {name for entry in (self.axis_name, self.model_axis) for name in axis_names(entry)}
@@ -237,9 +241,7 @@ class MoE(nnx.Module):
         return {} if known else {"eager_sharding": False}
 
     def _layout(self) -> Layout:
-        return resolve(self.mesh, self.axis_name, self.token_axes, self.model_axis)
-
-    def _check_mesh(self, layout: Layout) -> None:
+        layout = resolve(self.mesh, self.axis_name, self.token_axes, self.model_axis)
         local = layout.local
         if self.num_experts % (ranks := layout.size(local.expert)):
             raise ValueError(
@@ -251,6 +253,7 @@ class MoE(nnx.Module):
                 f"hidden_features: got {self.hidden_features}, need a multiple of the size of "
                 f"model_axis ({shards})"
             )
+        return layout
 
     def __call__(
         self, x: Float[Array, "*batch d"], token_mask: Bool[Array, "*batch"] | None = None
@@ -279,7 +282,6 @@ class MoE(nnx.Module):
             if token_mask.shape != x.shape[:-1]:
                 raise ValueError(f"token_mask: got shape {token_mask.shape}, need {x.shape[:-1]}")
         layout = self._layout()
-        self._check_mesh(layout)
         params = self.params()
         config = LayerConfig(
             num_experts=self.num_experts,
@@ -291,6 +293,7 @@ class MoE(nnx.Module):
             implementation=self.implementation,
             topology=self.topology,
             rows=self.rows,
+            report_expert_ids=self.report_expert_ids,
             dtype=jnp.dtype(self.dtype or jnp.result_type(x, params["wi_kernel"])),
         )
         entries = tuple(self._param_entries().items())

@@ -161,13 +161,17 @@ def _pad(layout: Layout, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Arra
 def run_sharded(
     function: Callable[..., Any],
     layout: Layout,
-    params: Mapping[str, jax.Array],
     param_entries: Mapping[str, Entries],
+    params: Mapping[str, jax.Array],
     x: jax.Array,
     mask: jax.Array | None,
 ) -> Any:
-    """`function(params, x, mask)` on every rank of the opened axes: (y like `x`, shared values)."""
-    before = jax.typeof(x).sharding
+    """`function(params, x, mask)` on every rank of the opened axes: (by token, shared values).
+
+    What is by token is a pytree of arrays with the leading dimensions of `x` and one more. They are
+    sharded as `x` is; along their last dimension where it is as long as that of `x`.
+    """
+    before, present = jax.typeof(x).sharding, _present_entries(x)
     entries = _token_entries(layout, x)
     padded = entries is None
     shape = x.shape
@@ -194,9 +198,16 @@ def run_sharded(
         out_specs=(PartitionSpec(*x_entries), PartitionSpec()),
         axis_names=set(layout.opened),
     )
-    y, rest = mapped(*operands)
-    if padded:
-        y = _reshard(layout, y, (None, None))[: math.prod(shape[:-1])].reshape(shape)
-    if layout.explicit and not before.mesh.empty:
-        y = jax.reshard(y, before)
-    return y, rest
+    by_token, rest = mapped(*operands)
+
+    def like_x(y: jax.Array) -> jax.Array:
+        last = y.shape[-1]
+        if padded:
+            y = _reshard(layout, y, (None, None))[: math.prod(shape[:-1])]
+            y = y.reshape(*shape[:-1], last)
+        if layout.explicit and not before.mesh.empty:
+            entries = present if last == shape[-1] else (*present[:-1], None)
+            y = jax.reshard(y, NamedSharding(before.mesh, PartitionSpec(*entries)))
+        return y
+
+    return jax.tree.map(like_x, by_token), rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -264,13 +265,15 @@ def test_the_mesh_may_be_given_instead_of_ambient(axis_type: AxisType) -> None:
 
 def test_output_keeps_an_explicit_inputs_sharding() -> None:
     mesh = make_mesh({"data": 2, "expert": 2}, axis_type=AxisType.Explicit)
-    moe = block()
+    moe = block(report_expert_ids=True)
     for spec in (P("data"), P(None, "expert"), P("data", "expert"), P(None, None, "data"), P()):
         with jax.set_mesh(mesh):
             x = jax.device_put(tokens_of(4, 6, 12), NamedSharding(mesh, spec))
-            both = jax.jit(lambda x: (x + moe(x)[0], moe(x)[0]))(x)
+            both = jax.jit(lambda x: (x + moe(x)[0], *moe(x)))(x)
             assert jax.typeof(both[1]).sharding.spec == jax.typeof(x).sharding.spec
             assert_close(jax.device_get(both[0] - x), jax.device_get(both[1]))
+            ids = jax.typeof(both[2].expert_ids).sharding.spec
+            assert tuple(ids) == (*jax.typeof(x).sharding.spec[:2], None)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -304,26 +307,33 @@ def test_inside_a_shard_map_it_works_on_local_arrays(check_vma: bool) -> None:
 
 def test_inside_a_partly_manual_shard_map_it_opens_the_other_axes() -> None:
     mesh = make_mesh({"data": 2, "expert": 2})
-    moe, x = block(), tokens_of(24, 12)
+    moe, x = block(report_expert_ids=True), tokens_of(24, 12)
     graph, params = nnx.split(moe)
+
+    def local(params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+        y, metrics = nnx.merge(graph, params)(x)
+        return y, metrics.expert_ids, dataclasses.replace(metrics, expert_ids=None)
+
     with jax.set_mesh(mesh):
-        y, metrics = jax.jit(
+        y, ids, metrics = jax.jit(
             jax.shard_map(
-                lambda params, x: nnx.merge(graph, params)(x),
+                local,
                 in_specs=(nnx.get_partition_spec(params), P("expert")),
-                out_specs=(P("expert"), P()),
+                out_specs=(P("expert"), P("expert"), P()),
                 axis_names={"expert"},
             )
         )(params, x)
     want, balance, _ = dense(moe.params(), x, moe.router, 2)
     assert_close(jax.device_get(y), want)
     assert_close(metrics.load_balance_loss, balance)
+    logits = x @ moe.params()["router_kernel"]
+    np.testing.assert_array_equal(ids, moe.router(logits, 2).expert_ids)
 
 
 @pytest.mark.parametrize("sizes", [None, {"data": 2, "expert": 2}], ids=["one", "mesh"])
 @pytest.mark.parametrize("shape", [(4, 6), (3, 5)], ids=["even", "odd"])
 def test_masked_tokens_take_no_part(sizes: Any, shape: tuple[int, ...]) -> None:
-    moe, x = block(num_shared_experts=1), tokens_of(*shape, 12)
+    moe, x = block(num_shared_experts=1, report_expert_ids=True), tokens_of(*shape, 12)
     mask = np.random.default_rng(2).random(shape) < 0.6
     poisoned = jnp.where(mask[..., None], x, jnp.nan)
     mesh = None if sizes is None else make_mesh(sizes)
@@ -334,6 +344,10 @@ def test_masked_tokens_take_no_part(sizes: Any, shape: tuple[int, ...]) -> None:
     assert_close(metrics.load_balance_loss, balance)
     assert_close(metrics.router_z_loss, z)
     assert metrics.tokens_per_expert.sum() == mask.sum() * 2
+    assert metrics.expert_ids.shape == (*shape, 2)
+    assert (metrics.expert_ids[~mask] == -1).all()
+    logits = x[mask] @ moe.params()["router_kernel"]
+    np.testing.assert_array_equal(metrics.expert_ids[mask], moe.router(logits, 2).expert_ids)
     assert not dx[~mask].any()
     assert all(np.isfinite(leaf).all() for leaf in gradients.values())
 

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_fusco as jf
-from jax_fusco.flax import BalanceBias, MoE, SigmoidRouter, update_balance_bias
+from jax_fusco.flax import BalanceBias, MoE, MoEMetrics, SigmoidRouter, update_balance_bias
 
 SPECS = {
     "router_kernel": P(None, None),
@@ -129,11 +129,13 @@ def stack(mode: str, layers: int = 3) -> tuple[Any, Any]:
 
     @nnx.vmap(in_axes=0, out_axes=0, axis_size=layers, transform_metadata={"partition_name": None})
     def make(rngs: nnx.Rngs) -> MoE:
-        return MoE(12, 8, num_experts=8, top_k=2, capacity_factor=None, rngs=rngs)
+        return MoE(
+            12, 8, num_experts=8, top_k=2, capacity_factor=None, rngs=rngs, report_expert_ids=True
+        )
 
-    def layer(x: jax.Array, moe: MoE) -> tuple[jax.Array, jax.Array]:
+    def layer(x: jax.Array, moe: MoE) -> tuple[jax.Array, MoEMetrics]:
         y, metrics = moe(x)
-        return x + y, metrics.load_balance_loss
+        return x + y, metrics
 
     if mode != "plain":
         names = jf.REMAT_SAVE_NAMES if mode == "names" else ()
@@ -157,12 +159,22 @@ def test_a_scan_over_layers_with_and_without_remat(mode: str, axis_type: AxisTyp
 
         graph, state = nnx.split(blocks)
 
-        def loss(state: Any, x: jax.Array) -> jax.Array:
-            y, balance = scanned(x, nnx.merge(graph, state))
-            return (y**2).mean() + balance.sum()
+        def loss(state: Any, x: jax.Array) -> tuple[jax.Array, MoEMetrics]:
+            y, metrics = scanned(x, nnx.merge(graph, state))
+            return (y**2).mean() + metrics.load_balance_loss.sum(), metrics
 
-        step = jax.jit(jax.value_and_grad(loss)).lower(state, x).compile()
-        value, gradients = step(state, x)
+        @jax.jit
+        def train(state: Any, stats: jf.RoutingStats, x: jax.Array) -> tuple[Any, ...]:
+            (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state, x)
+            return value, gradients, stats.update(metrics.expert_ids), metrics
+
+        stats = jf.RoutingStats.zeros(8, 3, num_samples=16)
+        step = train.lower(state, stats, x).compile()
+        value, gradients, counted, metrics = step(state, stats, x)
+    ids = jax.device_get(metrics.expert_ids)
+    assert ids.shape == (3, 4, 6, 2)
+    jax.tree.map(np.testing.assert_array_equal, counted, stats.update(ids))
+    np.testing.assert_array_equal(counted.load, metrics.tokens_per_expert)
     # Remat repeats the plan and the dispatch, unless it may save them by name.
     calls = re.findall(r'custom_call_target="jax_fusco_(\w+)"', step.as_text())
     assert calls.count("plan") == (2 if mode == "full" else 1)

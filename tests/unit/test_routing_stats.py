@@ -139,6 +139,23 @@ def test_ranks_of_a_mesh():
     check(jax.jit(Stats.update)(zeros, sharded), ids)
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_ids_sharded_over_explicit_axes(layer):
+    """As under Auto axes: in a jit and out of it, by layer and all at once."""
+    ids = np.random.default_rng(0).integers(-1, 8, (2, 8, 6, 2)).astype(np.int32)
+    ids = ids if layer is None else ids[layer]
+    mesh = make_mesh({"data": 2, "expert": 2}, axis_type=jax.sharding.AxisType.Explicit)
+    zeros = Stats.zeros(8, 2, num_samples=16)
+    spec = P(*(None,) * (ids.ndim - 3), "data", "expert")
+    sharded = jax.device_put(ids, jax.NamedSharding(mesh, spec))
+    want = zeros.update(ids, layer)
+    found = [zeros.update(sharded, layer)]
+    with jax.set_mesh(mesh):
+        found.append(jax.jit(lambda stats, ids: stats.update(ids, layer))(zeros, sharded))
+    for stats in found:
+        jax.tree.map(np.testing.assert_array_equal, stats, want)
+
+
 def test_the_sample_is_uniform():
     """Tokens of a rare kind, early, late and in large and small updates, stay as rare."""
     rng = np.random.default_rng(0)
