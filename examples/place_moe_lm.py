@@ -122,7 +122,7 @@ def limited_routers(study: Study, state: Any, ranks: int, most: int, method: str
     from flax import nnx
 
     import jax_fusco as jf
-    from jax_fusco.flax.limited import RankLimitedRouter
+    from jax_fusco.flax import RankLimitedRouter
 
     model, _ = nnx.merge(study.trainer.graphdef, state)
     own = [block.moe.router for block in model.blocks]
@@ -131,10 +131,9 @@ def limited_routers(study: Study, state: Any, ranks: int, most: int, method: str
     size = study.options["batch"]
     batches = [study.windows.batch(i * size, size) for i in range(2)]
     _, logits = study.route(study.trainer, state, batches)
-    rows = [[tuple(map(float, row)) for row in jf.router_similarity(one)] for one in logits]
     return [
-        RankLimitedRouter(router, ranks, most, similarity=tuple(row))
-        for router, row in zip(own, rows, strict=True)
+        RankLimitedRouter(router, ranks, most, similarity=jf.router_similarity(one))
+        for router, one in zip(own, logits, strict=True)
     ]
 
 

@@ -75,10 +75,11 @@ def limit_ranks(
                 f"similarity: got shape {similarity.shape}, need {(scores.shape[-1],) * 2}"
             )
     rank = jnp.asarray(placement.rank_of_expert)
-    limits = [(rank, max_ranks)]
-    if max_nodes is not None:
-        node = rank // placement.ranks_per_node
-        limits.insert(0, (node, whole("max_nodes", max_nodes, 1)))
+    node, nodes = rank // placement.ranks_per_node, placement.num_ranks // placement.ranks_per_node
+    most_nodes = nodes if max_nodes is None else whole("max_nodes", max_nodes, 1)
+    limits = [(node, nodes, most_nodes), (rank, placement.num_ranks, max_ranks)]
+    # Those that no token can pass cost nothing.
+    limits = [(group, most) for group, number, most in limits if most < min(number, ids.shape[-1])]
     with jax.named_scope("jax_fusco.limit_ranks"):
         shape = ids.shape
         ids = ids.reshape(-1, shape[-1]).astype(jnp.int32)

@@ -1,6 +1,7 @@
 """Mixture-of-Experts for Flax NNX: the block, its routers, and converters of its parameters."""
 
 from jax_fusco.flax.convert import LAYOUTS, assign_params, load_params, store_params
+from jax_fusco.flax.limited import RankLimitedRouter
 from jax_fusco.flax.metrics import MoEMetrics
 from jax_fusco.flax.moe import MoE
 from jax_fusco.flax.router import (
@@ -18,6 +19,7 @@ __all__ = [
     "BalanceBias",
     "MoE",
     "MoEMetrics",
+    "RankLimitedRouter",
     "Router",
     "Routing",
     "SigmoidRouter",

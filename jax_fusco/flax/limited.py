@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_fusco.flax.router import Router, Routing, TopKSoftmaxRouter
-from jax_fusco.placement import Placement
+from jax_fusco.placement import Placement, check_node
 from jax_fusco.plan import experts_per_rank, whole
 from jax_fusco.pruning import limit_ranks
 
@@ -18,15 +20,26 @@ class RankLimitedRouter:
     """Another router, then `jax_fusco.limit_ranks`: what the block computes changes.
 
     Experts lie as a plan has them, `num_experts // num_ranks` consecutive ones a rank: apply a
-    placement to the parameters first (`Placement.apply`).
+    placement to the parameters first (`Placement.apply`). A token whose ranks have fewer experts
+    than it wants goes to fewer. The second choice is by scores alone, without a balance bias.
+
+    Example::
+
+        >>> from flax import nnx
+        >>> from jax_fusco.flax import MoE, RankLimitedRouter, SoftmaxRouter
+        >>> router = RankLimitedRouter(SoftmaxRouter(), num_ranks=4, max_ranks=2)
+        >>> moe = MoE(16, 32, num_experts=8, top_k=4, router=router, rngs=nnx.Rngs(0))
 
     Attributes:
       router: the router it limits.
       num_ranks: R.
       max_ranks: N, the most ranks a token goes to.
-      ranks_per_node, max_nodes: nodes of consecutive ranks, and the most of them; None: no limit.
-      similarity: rows of the matrix `[E, E]` of `router_similarity`, as nested tuples; None: method
-        "router".
+      ranks_per_node, max_nodes: nodes of consecutive ranks, and the most of them; None: one node,
+        and no limit.
+      similarity: `[E, E]` of `router_similarity`, kept as nested tuples; None: method "router".
+
+    Raises:
+      TypeError, ValueError: `router` is none, `similarity` no matrix; `check` checks the rest.
     """
 
     router: Router
@@ -34,7 +47,22 @@ class RankLimitedRouter:
     max_ranks: int
     ranks_per_node: int | None = None
     max_nodes: int | None = None
-    similarity: tuple[tuple[float, ...], ...] | None = None
+    similarity: Any = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.router, Router):
+            raise TypeError(f"router: got {self.router!r}, need a jax_fusco.flax.Router")
+        if self.similarity is None:
+            return
+        try:
+            matrix = np.asarray(self.similarity, np.float32)
+        except (TypeError, ValueError):  # of other things, of ragged rows, of values under jax.jit
+            kind = type(self.similarity).__name__
+            raise TypeError(f"similarity: got {kind}, need an array [E, E] or None") from None
+        if matrix.ndim != 2:
+            raise ValueError(f"similarity: got shape {matrix.shape}, need [E, E]")
+        # Hashable, as a router has to be.
+        object.__setattr__(self, "similarity", tuple(map(tuple, matrix.tolist())))
 
     @property
     def use_bias(self) -> bool:
@@ -45,10 +73,21 @@ class RankLimitedRouter:
         return self.router.use_balance_bias
 
     def check(self, num_experts: int, top_k: int) -> None:
-        """See `Router`."""
+        """See `Router`; TypeError or ValueError for every argument that does not fit."""
         self.router.check(num_experts, top_k)
+        ranks = whole("num_ranks", self.num_ranks, 1)
+        experts_per_rank(num_experts, ranks)
         whole("max_ranks", self.max_ranks, 1)
-        experts_per_rank(num_experts, whole("num_ranks", self.num_ranks, 1))
+        check_node(self.ranks_per_node, ranks)
+        if self.max_nodes is not None:
+            whole("max_nodes", self.max_nodes, 1)
+        if self.similarity is None:
+            return
+        shape, need = np.shape(self.similarity), (num_experts, num_experts)
+        if shape != need:
+            raise ValueError(f"similarity: got shape {shape}, need {need}")
+        if not np.isfinite(np.array(self.similarity)).all():
+            raise ValueError("similarity: got a value that is not finite, need finite ones")
 
     def __call__(
         self, logits: jax.Array, top_k: int, balance_bias: jax.Array | None = None
