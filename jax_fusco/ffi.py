@@ -146,7 +146,7 @@ def in_manual_axes(call: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def _call(
+def call(
     name: str,
     axis: Axis,
     results: Sequence[tuple[tuple[int, ...], Any]],
@@ -158,7 +158,7 @@ def _call(
     register()
     varying = varying_axes(operands) | checked_axes(axis)
 
-    def call(rank: jax.Array, *operands: jax.Array) -> Sequence[jax.Array]:
+    def local(rank: jax.Array, *operands: jax.Array) -> Sequence[jax.Array]:
         return jax.ffi.ffi_call(
             f"jax_fusco_{name}",
             [struct(shape, dtype, varying) for shape, dtype in results],
@@ -172,7 +172,7 @@ def _call(
             **(attributes or {}),
         )
 
-    return in_manual_axes(call)(axis.rank(), *operands)
+    return in_manual_axes(local)(axis.rank(), *operands)
 
 
 def plan(
@@ -207,7 +207,7 @@ def plan(
     scratch = 0 if module is None else module.plan_scratch_bytes(*shape)
     results = [*((shape, jnp.int32) for shape in shapes), ((scratch,), jnp.uint8)]
     attributes = {"num_experts": num_experts, "alignment": alignment}
-    return tuple(_call("plan", axis, results, expert_ids, attributes=attributes))[:-1]
+    return tuple(call("plan", axis, results, expert_ids, attributes=attributes))[:-1]
 
 
 def gather_rows(
@@ -238,7 +238,7 @@ def gather_rows(
         operands = (source_rank, source, chain, *some, *taken)
         # Operands are rank, group and these.
         aliases = {2 + len(operands) - len(taken) + i: i for i in range(len(taken))}
-        moved += _call(
+        moved += call(
             "gather_rows", axis, results, *operands, attributes=attributes, aliases=aliases
         )
     return tuple(moved)
@@ -257,7 +257,7 @@ def gather_rows_weighted(
     """Backward of the weighted sum: `dy[m] = w * g` of its assignment, `dots[m] = <g, y[m]>`."""
     results = [(y.shape, y.dtype), (source.shape, weights.dtype)]
     operands = (source_rank, source, chain, g, weights, y)
-    dy, dots = _call("gather_rows_weighted", axis, results, *operands)
+    dy, dots = call("gather_rows_weighted", axis, results, *operands)
     return dy, dots
 
 
@@ -273,7 +273,7 @@ def reduce_rows(
     """`out[t] = sum_j w[t, j] * y@slot_rank[t, j][slot[t, j]]`, j ascending, one fma each."""
     results = [(slot.shape[:1] + y.shape[1:], out_dtype)]
     optional = () if weights is None else (weights,)
-    return _call("reduce_rows", axis, results, slot_rank, slot, y, *optional)[0]
+    return call("reduce_rows", axis, results, slot_rank, slot, y, *optional)[0]
 
 
 def ragged_all_to_all(
@@ -290,4 +290,4 @@ def ragged_all_to_all(
     results = [(output.shape, output.dtype)]
     tables = (input_offsets, send_sizes, output_offsets, recv_sizes)
     aliases = {7: 0}  # operands are rank, group, four tables, operand, output
-    return _call("ragged_all_to_all", axis, results, *tables, operand, output, aliases=aliases)[0]
+    return call("ragged_all_to_all", axis, results, *tables, operand, output, aliases=aliases)[0]

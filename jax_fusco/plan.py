@@ -115,6 +115,11 @@ def whole(name: str, value: object, least: int) -> int:
     return number
 
 
+def bits(number: int) -> int:
+    """Bits that hold any of so many values."""
+    return max(number - 1, 0).bit_length()
+
+
 def experts_per_rank(num_experts: int, num_ranks: int) -> int:
     """E_local; ValueError where the ranks do not divide the experts."""
     if num_experts % num_ranks:

@@ -408,3 +408,36 @@ def test_more_rows_than_numbers_are_said():
     )
     with pytest.raises(ValueError, match=message):
         plan(2**29 + 1)
+
+
+def make_plans():
+    mesh = make_mesh({"node": 2, "expert": 2})
+    spec = P(("node", "expert"))
+
+    def run(ids):
+        options = {"axis_name": ("node", "expert"), "num_experts": 4, "implementation": "fused"}
+        plan = jf.make_plan(ids, topology=TWO, **options)
+        return plan.slot, plan.source
+
+    return sharded(run, mesh, in_specs=spec, out_specs=spec)
+
+
+def test_strict_names_the_rank_of_all_nodes_and_fails_on_all(monkeypatch):
+    run = make_plans()
+    ids = routings.distinct(np.random.default_rng(0), 4, 6, 2, 4).reshape(24, 2)
+    broken = ids.copy()
+    broken[3 * 6 + 5, 1] = 9
+    want = run(ids)
+    monkeypatch.setenv("JAX_FUSCO_STRICT", "1")
+    message = r"expert_ids\[5, 1\] of rank 3 is 9, it must lie in \[-1, 4\)"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(run(broken))
+    jax.tree.map(assert_same_bits, run(ids), want)
+
+
+def test_a_plan_on_cpu_devices_takes_three_exchanges_and_one_call_a_step():
+    text = make_plans().lower(np.zeros((24, 2), np.int32)).compile().as_text()
+    assert text.count(" all-to-all(") == 3
+    for name in ("count", "lay_out", "place", "deliver"):
+        assert text.count(f'custom_call_target="jax_fusco_crossing_{name}"') == 1
+    assert text.count('custom_call_target="jax_fusco_') == 4

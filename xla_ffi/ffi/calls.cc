@@ -53,6 +53,11 @@ const int32_t* ChainOrNull(const Buffer& chain) {
   return Dim(chain, 0) == 0 ? nullptr : Ints(chain);
 }
 
+// Whether so many of anything are counted by int32.
+bool IsCapacity(int64_t count) {
+  return count >= 0 && count <= std::numeric_limits<int32_t>::max();
+}
+
 bool SameRow(const Buffer& a, const Buffer& b) {
   return a.dimensions().size() == b.dimensions().size() && a.dimensions().size() >= 1 &&
          std::equal(a.dimensions().begin() + 1, a.dimensions().end(), b.dimensions().begin() + 1);
@@ -305,6 +310,141 @@ Status Signature<RaggedAllToAllCall>::Read(int64_t num_ranks, Buffer input_offse
   call->operand = ToRows(operand);
   call->output = ToRows(output);
   call->result = ToRows(*result);
+  return Status::Ok();
+}
+
+Status Signature<CrossingCountCall>::Read(int64_t num_ranks, Buffer node, Buffer expert_ids,
+                                          Result num_invalid, Result wanted, int64_t num_experts,
+                                          CrossingCountCall* call) {
+  Checks checks(kTarget);
+  CrossingShape& shape = call->shape;
+  shape.num_nodes = Dim(*wanted, 0);
+  shape.local_ranks = num_ranks;
+  shape.tokens = Dim(expert_ids, 0);
+  shape.k = Dim(expert_ids, 1);
+  const int64_t ranks = num_ranks * shape.num_nodes;
+  checks.Require(ranks >= 1 && num_experts >= 0 && num_experts % ranks == 0,
+                 "num_experts must be a multiple of the ranks of all nodes");
+  if (!checks.ok()) return checks.status();
+  shape.experts_per_rank = num_experts / ranks;
+  checks.Require(IsInts(*wanted, {shape.num_nodes, shape.told()}),
+                 "wanted must be int32 [N, L * E_local + 4]");
+  checks.Require(IsInts(expert_ids, {shape.tokens, shape.k}), "expert_ids must be int32 [T, k]");
+  checks.Require(IsInts(node, {}) && IsInts(*num_invalid, {}),
+                 "node and num_invalid must be int32 []");
+  if (!checks.ok()) return checks.status();
+  call->node = Ints(node);
+  call->expert_ids = Ints(expert_ids);
+  call->num_invalid = Ints(*num_invalid);
+  call->wanted = Ints(*wanted);
+  return Status::Ok();
+}
+
+Status Signature<CrossingLayOutCall>::Read(int64_t /*num_ranks*/, Buffer wanted, Result sizes,
+                                           Result counts, Result dropped, Result granted,
+                                           int64_t capacity, int64_t alignment,
+                                           CrossingLayOutCall* call) {
+  Checks checks(kTarget);
+  CrossingShape& shape = call->shape;
+  shape.num_nodes = Dim(*granted, 0);
+  shape.local_ranks = Dim(*granted, 1);
+  shape.experts_per_rank = Dim(*granted, 3);
+  shape.capacity = capacity;
+  call->alignment = alignment;
+  const int64_t experts = shape.experts_per_rank;
+  checks.Require(IsInts(wanted, {shape.num_nodes, shape.told()}) &&
+                     IsInts(*granted, {shape.num_nodes, shape.local_ranks, 2, experts}),
+                 "wanted must be int32 [N, L * E_local + 4], granted [N, L, 2, E_local]");
+  checks.Require(IsInts(*sizes, {experts}) && IsInts(*counts, {experts}) && IsInts(*dropped, {}),
+                 "group_sizes and expert_counts must be int32 [E_local], num_dropped []");
+  checks.Require(IsCapacity(capacity) && IsCapacity(alignment) && alignment >= 1,
+                 "capacity must lie in [0, 2**31) and alignment in [1, 2**31)");
+  if (!checks.ok()) return checks.status();
+  call->wanted = Ints(wanted);
+  call->group_sizes = Ints(*sizes);
+  call->expert_counts = Ints(*counts);
+  call->num_dropped = Ints(*dropped);
+  call->granted = Ints(*granted);
+  return Status::Ok();
+}
+
+Status Signature<CrossingPlaceCall>::Read(int64_t num_ranks, Buffer node, Buffer expert_ids,
+                                          Buffer granted, Result slot, Result slot_rank,
+                                          Result owner_node, Result pack_rank, Result pack_token,
+                                          Result rail, Result rail_row, Result letters,
+                                          int64_t capacity, CrossingPlaceCall* call) {
+  Checks checks(kTarget);
+  CrossingShape& shape = call->shape;
+  shape.num_nodes = Dim(granted, 0);
+  shape.local_ranks = num_ranks;
+  shape.tokens = Dim(expert_ids, 0);
+  shape.k = Dim(expert_ids, 1);
+  shape.experts_per_rank = Dim(granted, 3);
+  shape.capacity = capacity;
+  const int64_t nodes = shape.num_nodes, tokens = shape.tokens, k = shape.k;
+  checks.Require(num_ranks >= 1 && IsInts(node, {}) && IsInts(expert_ids, {tokens, k}) &&
+                     IsInts(granted, {nodes, num_ranks, 2, shape.experts_per_rank}),
+                 "node must be int32 [], expert_ids [T, k], granted [N, L, 2, E_local]");
+  checks.Require(IsCapacity(capacity) && IsCapacity(num_ranks * capacity) &&
+                     IsCapacity(num_ranks * tokens) && IsCapacity(nodes * tokens * (k + 1)),
+                 "the rows and assignments of a node must be fewer than 2**31");
+  checks.Require(IsInts(*slot, {tokens, k}) && IsInts(*slot_rank, {tokens, k}) &&
+                     IsInts(*owner_node, {tokens, k}) && IsInts(*pack_rank, {nodes, tokens}) &&
+                     IsInts(*pack_token, {nodes, tokens}) && IsInts(*rail, {tokens, nodes}) &&
+                     IsInts(*rail_row, {tokens, nodes}) &&
+                     IsInts(*letters, {nodes, tokens + 1, k + 1}),
+                 "results must be int32 [T, k] x 3, [N, T] x 2, [T, N] x 2 and [N, T + 1, k + 1]");
+  if (!checks.ok()) return checks.status();
+  call->node = Ints(node);
+  call->expert_ids = Ints(expert_ids);
+  call->granted = Ints(granted);
+  call->slot = Ints(*slot);
+  call->slot_rank = Ints(*slot_rank);
+  call->owner_node = Ints(*owner_node);
+  call->pack_rank = Ints(*pack_rank);
+  call->pack_token = Ints(*pack_token);
+  call->rail = Ints(*rail);
+  call->rail_row = Ints(*rail_row);
+  call->letters = Ints(*letters);
+  return Status::Ok();
+}
+
+Status Signature<CrossingDeliverCall>::Read(int64_t num_ranks, Buffer letters, Buffer sizes,
+                                            Result deliver_rank, Result deliver_slot,
+                                            Result from_rank, Result from_assignment,
+                                            Result source_rank, Result source, Result most_rows,
+                                            CrossingDeliverCall* call) {
+  Checks checks(kTarget);
+  CrossingShape& shape = call->shape;
+  shape.num_nodes = Dim(letters, 0);
+  shape.local_ranks = num_ranks;
+  shape.tokens = Dim(letters, 1) - 1;
+  shape.k = Dim(letters, 2) - 1;
+  shape.experts_per_rank = Dim(sizes, 0);
+  shape.capacity = Dim(*source, 0);
+  const int64_t nodes = shape.num_nodes, tokens = shape.tokens, k = shape.k;
+  checks.Require(num_ranks >= 1 && tokens >= 0 && k >= 0 &&
+                     IsInts(letters, {nodes, tokens + 1, k + 1}) && IsInts(sizes, {Dim(sizes, 0)}),
+                 "letters must be int32 [N, T + 1, k + 1], group_sizes [E_local]");
+  checks.Require(IsCapacity(num_ranks * shape.capacity) && IsCapacity(num_ranks * tokens) &&
+                     IsCapacity(nodes * tokens * (k + 1)),
+                 "the rows and assignments of a node must be fewer than 2**31");
+  checks.Require(
+      IsInts(*deliver_rank, {nodes, tokens, k}) && IsInts(*deliver_slot, {nodes, tokens, k}) &&
+          IsInts(*from_rank, {shape.capacity}) && IsInts(*from_assignment, {shape.capacity}) &&
+          IsInts(*source_rank, {shape.capacity}) && IsInts(*source, {shape.capacity}) &&
+          IsInts(*most_rows, {}),
+      "results must be int32 [N, T, k] x 2, [C] x 4 and []");
+  if (!checks.ok()) return checks.status();
+  call->letters = Ints(letters);
+  call->group_sizes = Ints(sizes);
+  call->deliver_rank = Ints(*deliver_rank);
+  call->deliver_slot = Ints(*deliver_slot);
+  call->from_rank = Ints(*from_rank);
+  call->from_assignment = Ints(*from_assignment);
+  call->source_rank = Ints(*source_rank);
+  call->source = Ints(*source);
+  call->most_rows = Ints(*most_rows);
   return Status::Ok();
 }
 

@@ -7,6 +7,7 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/core/calls.h"
+#include "xla_ffi/core/crossing.h"
 #include "xla_ffi/core/status.h"
 
 namespace jax_fusco {
@@ -120,6 +121,88 @@ struct Signature<RaggedAllToAllCall> {
   static Status Read(int64_t num_ranks, Buffer input_offsets, Buffer send_sizes,
                      Buffer output_offsets, Buffer recv_sizes, Buffer operand, Buffer output,
                      Result result, RaggedAllToAllCall* call);
+};
+
+template <>
+struct Signature<CrossingCountCall> {
+  static constexpr const char* kTarget = "jax_fusco_crossing_count";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Attr<int64_t>("num_experts");
+  }
+  static Status Read(int64_t num_ranks, Buffer node, Buffer expert_ids, Result num_invalid,
+                     Result wanted, int64_t num_experts, CrossingCountCall* call);
+};
+
+template <>
+struct Signature<CrossingLayOutCall> {
+  static constexpr const char* kTarget = "jax_fusco_crossing_lay_out";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Attr<int64_t>("capacity")
+        .template Attr<int64_t>("alignment");
+  }
+  static Status Read(int64_t num_ranks, Buffer wanted, Result group_sizes, Result expert_counts,
+                     Result num_dropped, Result granted, int64_t capacity, int64_t alignment,
+                     CrossingLayOutCall* call);
+};
+
+template <>
+struct Signature<CrossingPlaceCall> {
+  static constexpr const char* kTarget = "jax_fusco_crossing_place";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Attr<int64_t>("capacity");
+  }
+  static Status Read(int64_t num_ranks, Buffer node, Buffer expert_ids, Buffer granted, Result slot,
+                     Result slot_rank, Result owner_node, Result pack_rank, Result pack_token,
+                     Result rail, Result rail_row, Result letters, int64_t capacity,
+                     CrossingPlaceCall* call);
+};
+
+template <>
+struct Signature<CrossingDeliverCall> {
+  static constexpr const char* kTarget = "jax_fusco_crossing_deliver";
+  template <typename Binding>
+  static auto Bind(Binding binding) {
+    return std::move(binding)
+        .template Arg<Buffer>()
+        .template Arg<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>()
+        .template Ret<Buffer>();
+  }
+  static Status Read(int64_t num_ranks, Buffer letters, Buffer group_sizes, Result deliver_rank,
+                     Result deliver_slot, Result from_rank, Result from_assignment,
+                     Result source_rank, Result source, Result most_rows,
+                     CrossingDeliverCall* call);
 };
 
 // Arrays of no elements stand for what is not given: source, merge, weights, partner.

@@ -104,6 +104,18 @@ struct Cpu {
   static Outcome Execute(const Caller<Cpu>& caller, const ReduceRowsCall& call) {
     return MeetWith<cpu::ReduceRowsJob>(caller, call);
   }
+  static Outcome Execute(const Caller<Cpu>& caller, const CrossingCountCall& call) {
+    return MeetWith<cpu::CrossingCountJob>(caller, call);
+  }
+  static Outcome Execute(const Caller<Cpu>& caller, const CrossingLayOutCall& call) {
+    return MeetWith<cpu::CrossingLayOutJob>(caller, call);
+  }
+  static Outcome Execute(const Caller<Cpu>& caller, const CrossingPlaceCall& call) {
+    return MeetWith<cpu::CrossingPlaceJob>(caller, call);
+  }
+  static Outcome Execute(const Caller<Cpu>& caller, const CrossingDeliverCall& call) {
+    return MeetWith<cpu::CrossingDeliverJob>(caller, call);
+  }
   static Outcome Execute(const Caller<Cpu>& caller, const RaggedAllToAllCall& call) {
     if (call.result.data != call.output.data) {  // not aliased after all
       std::memcpy(call.result.data, call.output.data,
@@ -163,6 +175,10 @@ TargetList CpuTargets() {
                                    TargetOf<GatherRowsWeightedCall>(),
                                    TargetOf<ReduceRowsCall>(),
                                    TargetOf<RaggedAllToAllCall>(),
+                                   TargetOf<CrossingCountCall>(),
+                                   TargetOf<CrossingLayOutCall>(),
+                                   TargetOf<CrossingPlaceCall>(),
+                                   TargetOf<CrossingDeliverCall>(),
                                    AloneTargetOf<GroupedMatmulCall>(),
                                    AloneTargetOf<GroupedOuterCall>()};
   return {targets, std::size(targets), "jax_fusco_call", &CpuState::id, &CpuState::info};

@@ -70,6 +70,20 @@ inline Status Disagree(const char* call, size_t rank, const char* what) {
                                         " disagree on ", what, ", all ranks need the same."));
 }
 
+// The first invalid id of a rank, which has one.
+inline int64_t FindBadExpert(const int32_t* expert_ids, int64_t assignments, int64_t num_experts) {
+  int64_t a = 0;
+  while (a + 1 < assignments && expert_ids[a] >= -1 && expert_ids[a] < num_experts) ++a;
+  return a;
+}
+
+inline Status BadExpert(const char* call, int64_t token, int64_t j, int64_t rank, int64_t id,
+                        int64_t num_experts) {
+  return Status::InvalidArgument(Concat(call, ": expert_ids[", token, ", ", j, "] of rank ", rank,
+                                        " is ", id, ", it must lie in [-1, ", num_experts,
+                                        ") (JAX_FUSCO_STRICT is set)."));
+}
+
 inline std::string NoSource(const char* call, int64_t row, size_t rank, int64_t source,
                             int64_t source_rank) {
   return Concat(call, ": row ", row, " of rank ", static_cast<int64_t>(rank), " comes from source ",

@@ -21,17 +21,11 @@ Status PlanJob::Run(const std::vector<const Job*>& ranks, const Settings& settin
     const PlanJob& job = *jobs[static_cast<size_t>(r)];
     *job.results.num_invalid = CountAssignments(shape, r, job.expert_ids, counts.data());
   });
-  if (settings.strict) {
-    for (size_t r = 0; r < jobs.size(); ++r) {
-      for (int64_t a = 0; *results[r].num_invalid > 0 && a < shape.assignments(); ++a) {
-        const int64_t id = jobs[r]->expert_ids[a];
-        if (id >= -1 && id < shape.num_experts) continue;
-        return Status::InvalidArgument(Concat("jax_fusco_plan: expert_ids[", a / shape.k, ", ",
-                                              a % shape.k, "] of rank ", static_cast<int64_t>(r),
-                                              " is ", id, ", it must lie in [-1, ",
-                                              shape.num_experts, ") (JAX_FUSCO_STRICT is set)."));
-      }
-    }
+  for (size_t r = 0; settings.strict && r < jobs.size(); ++r) {
+    if (*results[r].num_invalid == 0) continue;
+    const int64_t a = FindBadExpert(jobs[r]->expert_ids, shape.assignments(), shape.num_experts);
+    return BadExpert("jax_fusco_plan", a / shape.k, a % shape.k, static_cast<int64_t>(r),
+                     jobs[r]->expert_ids[a], shape.num_experts);
   }
   const int64_t block = shape.experts_per_rank() * shape.num_ranks;
   Workers::ParallelFor(threads, shape.num_ranks, [&](int64_t r) {

@@ -1,4 +1,4 @@
-// The five calls as jobs that meet at a CallSite. docs/architecture.md says what each means.
+// The calls as jobs that meet at a CallSite. docs/architecture.md says what each means.
 //
 // The integers that say where rows go come from the program and are not trusted: an index that does
 // not lie in its buffer is an error that names it, and nothing is read or written there. Results of
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "xla_ffi/core/calls.h"
+#include "xla_ffi/core/crossing.h"
 #include "xla_ffi/engine/cpu/rendezvous.h"
 
 namespace jax_fusco::cpu {
@@ -30,6 +31,24 @@ struct ReduceRowsJob : Job, ReduceRowsCall {
 };
 
 struct RaggedAllToAllJob : Job, RaggedAllToAllCall {
+  Status Run(const std::vector<const Job*>& ranks, const Settings& settings) const override;
+};
+
+// The plan of a crossing between nodes, whose ranks are those of one node; CrossingLayOutJob is of
+// a rank alone.
+struct CrossingCountJob : Job, CrossingCountCall {
+  Status Run(const std::vector<const Job*>& ranks, const Settings& settings) const override;
+};
+
+struct CrossingLayOutJob : Job, CrossingLayOutCall {
+  Status Run(const std::vector<const Job*>& ranks, const Settings& settings) const override;
+};
+
+struct CrossingPlaceJob : Job, CrossingPlaceCall {
+  Status Run(const std::vector<const Job*>& ranks, const Settings& settings) const override;
+};
+
+struct CrossingDeliverJob : Job, CrossingDeliverCall {
   Status Run(const std::vector<const Job*>& ranks, const Settings& settings) const override;
 };
 
