@@ -76,10 +76,6 @@ gpu_pytest() {
 api() { gpu_pytest tests/gpu --ignore=tests/gpu/test_processes.py; }
 api_graphs() { XLA_FLAGS=$GRAPHS api; }
 processes() {
-  if [ ! -e tests/gpu/test_processes.py ]; then
-    echo "There is no tests/gpu/test_processes.py."
-    return
-  fi
   # Several processes on one GPU: none may take all its memory.
   XLA_PYTHON_CLIENT_PREALLOCATE=false gpu_pytest tests/gpu/test_processes.py
 }
