@@ -9,7 +9,14 @@ import numpy as np
 import oracle
 import pytest
 import routings
-from cpu import test_dtypes, test_gradients, test_ragged_all_to_all, test_shuffle, test_transforms
+from cpu import (
+    test_dtypes,
+    test_gather_into,
+    test_gradients,
+    test_ragged_all_to_all,
+    test_shuffle,
+    test_transforms,
+)
 from flax import nnx
 from helpers import assert_same_bits, make_mesh, per_rank
 
@@ -119,6 +126,47 @@ def test_a_ragged_exchange(each):
         want = oracle.ragged_all_to_all(operand, output, *tables)
         run = per_rank(test_ragged_all_to_all.exchange("fused"), RANKS)
         assert_same_bits(run(operand, output, *tables), want)
+
+
+@pytest.mark.parametrize("fanout", [1, 3])
+@pytest.mark.parametrize("rows", [test_gather_into.DTYPES, (("float16", (2048,)), ("int8", (48,)))])
+def test_gathers_into_arrays_that_hold_something(fanout, rows):
+    rng = np.random.default_rng(9)
+    operands = test_gather_into.random_arrays(rng, RANKS, 9, rows)
+    into = test_gather_into.random_arrays(rng, RANKS, 40, rows)
+    sources = test_gather_into.random_sources(rng, RANKS, 9, 40, fanout)
+    test_gather_into.check("fused", operands, *sources, into, fanout)
+
+
+def test_two_levels_move_the_rows_of_one():
+    rng = np.random.default_rng(10)
+    ids = routings.masked(rng, RANKS, 64, 4, RANKS * 4)
+    x = rng.standard_normal((RANKS, 64, 256)).astype("f4")
+    weights = rng.random(ids.shape, np.float32)
+
+    def run(ids, x, weights, topology):
+        plan = jf.make_plan(
+            ids,
+            axis_name="expert",
+            num_experts=RANKS * 4,
+            implementation="fused",
+            topology=topology,
+        )
+        rows = jf.dispatch(x, plan)
+        out, pull = jax.vjp(lambda rows, weights: jf.combine(rows, weights, plan), rows, weights)
+        return plan.slot, plan.source, rows, out, *pull(out)
+
+    # Nodes of one rank, and one node of all.
+    topologies = [jf.Topology(None, "expert", size, slice_rows=16) for size in {1, RANKS}]
+    flat, *others = (
+        per_rank(lambda *arrays, topology=topology: run(*arrays, topology), RANKS)(ids, x, weights)
+        for topology in (None, *topologies)
+    )
+    for found in others:
+        for a, b in zip(found[:3], flat[:3], strict=True):
+            assert_same_bits(a, b)
+        for a, b in zip(found[3:], flat[3:], strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_mesh():
