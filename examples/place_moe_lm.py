@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from moe_lm.data import Windows, load_corpus, validation_batches
+from moe_lm.data import DataError, Windows, load_corpus, validation_batches
 from train_moe_lm import start_cpu_devices
 
 
@@ -25,12 +25,28 @@ def read_options(run: Path) -> dict[str, Any]:
     """The options of a run, from its newest checkpoint."""
     from moe_lm.checkpoint import Checkpoints
 
-    checkpoints = Checkpoints(run / "checkpoints")
-    saved = checkpoints.read_run()
-    checkpoints.close()
+    saved = None
+    if (run / "checkpoints").is_dir():  # which opening would make
+        checkpoints = Checkpoints(run / "checkpoints")
+        saved = checkpoints.read_run()
+        checkpoints.close()
     if saved is None:
-        raise click.ClickException(f"--run: got {run} without a checkpoint, need a trained run")
-    return {**saved["options"], **{key: saved[key] for key in ("step", "position", "key")}}
+        raise click.ClickException(f"--run: {run} holds no checkpoint of train_moe_lm.py.")
+    return {**saved["options"], **{key: saved[key] for key in ("step", "position", "key", "text")}}
+
+
+def check(options: dict[str, Any], ranks: int, devices: int) -> None:
+    """Raises a one-sentence error for options that do not fit the run."""
+    experts, batch = options["experts"], options["batch"]
+    for name, count in (("--ranks", ranks), ("--devices", devices)):
+        if experts % count:
+            raise click.ClickException(
+                f"{name}: {count} cannot divide the run's {experts} experts."
+            )
+    if batch % devices:
+        raise click.ClickException(
+            f"--devices: {devices} cannot divide the run's batch of {batch}."
+        )
 
 
 def select(kind: Any, options: dict[str, Any]) -> Any:
@@ -47,7 +63,12 @@ class Study:
         from moe_lm.model import ModelConfig
         from moe_lm.training import TrainConfig
 
-        corpus = load_corpus(options["data"])
+        try:
+            corpus = load_corpus(options["data"])
+        except DataError as error:
+            raise click.ClickException(str(error)) from error
+        if corpus.fingerprint != options["text"]:
+            raise click.ClickException(f"--data: the run in {run} read another text.")
         context, batch = options["context"], options["batch"]
         self.windows = Windows(corpus.train, context, options["seed"])
         self.validation = validation_batches(corpus.valid, context, batch, eval_batches)
@@ -164,7 +185,8 @@ def main(
 
     import jax_fusco as jf
 
-    options = {"data": data, **read_options(folder), "expert_axes": ("expert",)}
+    options = {"data": data, **read_options(folder)}
+    check(options, ranks, devices)
     options["steps"] = options["step"] + tune_steps  # the end of the learning rate's schedule
     study = Study(folder, options, eval_batches)
     out.mkdir(parents=True, exist_ok=True)
@@ -194,7 +216,7 @@ def main(
     click.echo(f"validation loss {before:.6f}, after the move {after:.6f}")
 
     def measure(routers: list[Any] | None, name: str, n: int) -> dict[str, Any]:
-        trainer = study.make_trainer(routers)
+        trainer = study.make_trainer(routers) if routers else study.trainer
         found: dict[str, Any] = {"method": name, "max_ranks": n}
         for tuned in (False, True) if tune_steps else (False,):
             state = study.tune(trainer, moved, tune_steps) if tuned else moved

@@ -1,8 +1,10 @@
-"""examples/train_moe_lm.py as its users run it: a process, a folder, and interruptions."""
+"""The training example as its users run it: a process, a folder, interruptions, and a placement."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 from example_run import SCRIPT, STEPS, TINY, checkpoint, losses, metrics, write_text
 
-import jax_fusco
+import jax_fusco as jf
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +31,7 @@ def arguments(text: Path, output: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    package = str(Path(jax_fusco.__file__).parents[1])
+    package = str(Path(jf.__file__).parents[1])
     return {
         **os.environ,
         # Most of the time goes into compiling.
@@ -242,6 +244,53 @@ def test_bad_arguments_of_several_processes(
     with pytest.raises(click.ClickException) as raised:
         train_moe_lm.command.main([f"--output={tmp_path / 'run'}", *options], standalone_mode=False)
     assert raised.value.format_message() == sentence
+
+
+def place(run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("place_moe_lm.py")), f"--run={run}", *more],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def test_experts_of_a_run_are_placed_and_limited(text: Path, whole: Path, tmp_path: Path) -> None:
+    small = ("--ranks=4", "--batches=2", "--eval-batches=1", "--tune-steps=2")
+    done = place(whole, f"--data={text}", f"--out={tmp_path}", *small)
+    assert done.returncode == 0, done.stderr
+    before, after = re.findall(r"validation loss (\S+), after the move (\S+)", done.stdout)[0]
+    assert float(after) == pytest.approx(float(before), rel=1e-4)
+    placement = jf.Placement.from_file(tmp_path / "placement.json")
+    stats = jf.RoutingStats.from_file(tmp_path / "stats.npz")
+    assert (placement.num_layers, placement.num_ranks, stats.num_experts) == (1, 4, 8)
+    assert stats.tokens.tolist() == [2 * 8 * 32]
+    with np.load(tmp_path / "routing.npz", allow_pickle=False) as routing:
+        assert routing["expert_ids"].shape == (4, 2 * 8 * 32 // 4, 2)
+        load = np.bincount(routing["expert_ids"].reshape(-1), minlength=8)
+    np.testing.assert_array_equal(load, stats.load[0])
+    rows = json.loads((tmp_path / "pruning.json").read_text())["rows"]
+    found = [(row["method"], row["max_ranks"]) for row in rows]
+    assert found == [("none", 4), ("router", 1), ("similarity", 1)]
+    free, *limited = rows
+    assert free["as is"]["loss"] == pytest.approx(float(after), rel=1e-6)
+    for row in limited:
+        assert row["as is"]["ranks"] == row["tuned"]["ranks"] == 1 < free["as is"]["ranks"]
+        assert free["as is"]["loss"] != row["as is"]["loss"] != row["tuned"]["loss"]
+    assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_placing_needs_a_run_that_fits(text: Path, whole: Path, tmp_path: Path) -> None:
+    for run, options, sentence in (
+        (tmp_path, (), f"--run: {tmp_path} holds no checkpoint of train_moe_lm.py."),
+        (whole, ("--ranks=3",), "--ranks: 3 cannot divide the run's 8 experts."),
+        (whole, ("--ranks=4",), f"--data: the run in {whole} read another text."),
+    ):
+        done = place(run, f"--out={tmp_path / 'out'}", *options)
+        assert done.returncode == 1
+        assert done.stderr == f"Error: {sentence}\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_options_do_not_continue_a_run(text: Path, whole: Path) -> None:
