@@ -40,13 +40,9 @@ def check(options: dict[str, Any], ranks: int, devices: int) -> None:
     experts, batch = options["experts"], options["batch"]
     for name, count in (("--ranks", ranks), ("--devices", devices)):
         if experts % count:
-            raise click.ClickException(
-                f"{name}: {count} cannot divide the run's {experts} experts."
-            )
+            raise click.ClickException(f"{name}: {count} does not divide the {experts} experts.")
     if batch % devices:
-        raise click.ClickException(
-            f"--devices: {devices} cannot divide the run's batch of {batch}."
-        )
+        raise click.ClickException(f"--devices: {devices} does not divide the batch of {batch}.")
 
 
 def select(kind: Any, options: dict[str, Any]) -> Any:

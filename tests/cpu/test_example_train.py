@@ -281,16 +281,34 @@ def test_experts_of_a_run_are_placed_and_limited(text: Path, whole: Path, tmp_pa
     assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_placing_needs_a_run_that_fits(text: Path, whole: Path, tmp_path: Path) -> None:
-    for run, options, sentence in (
-        (tmp_path, (), f"--run: {tmp_path} holds no checkpoint of train_moe_lm.py."),
-        (whole, ("--ranks=3",), "--ranks: 3 cannot divide the run's 8 experts."),
-        (whole, ("--ranks=4",), f"--data: the run in {whole} read another text."),
+def test_placing_needs_a_run_and_its_text(whole: Path, tmp_path: Path) -> None:
+    for run, sentence in (
+        (tmp_path, f"--run: {tmp_path} holds no checkpoint of train_moe_lm.py."),
+        (whole, f"--data: the run in {whole} read another text."),
     ):
-        done = place(run, f"--out={tmp_path / 'out'}", *options)
+        done = place(run, f"--out={tmp_path / 'out'}")
         assert done.returncode == 1
         assert done.stderr == f"Error: {sentence}\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "devices", "sentence"),
+    [
+        (3, 4, "--ranks: 3 does not divide the 8 experts."),
+        (4, 5, "--devices: 5 does not divide the 8 experts."),
+        (4, 4, "--devices: 4 does not divide the batch of 6."),
+    ],
+)
+def test_placing_needs_sizes_that_fit(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, devices: int, sentence: str
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import place_moe_lm  # type: ignore[import-not-found]
+
+    with pytest.raises(click.ClickException) as raised:
+        place_moe_lm.check({"experts": 8, "batch": 6}, ranks, devices)
+    assert raised.value.format_message() == sentence
 
 
 def test_other_options_do_not_continue_a_run(text: Path, whole: Path) -> None:
