@@ -54,12 +54,13 @@ struct Case {
   std::vector<float> weights;
   Bytes rows, kernel, g;
 
-  Case(Random& random, bool large) {
+  // `most_rows` in a group; `p` and `q` from `least` to `most`.
+  Case(Random& random, int64_t most_rows, int64_t least, int64_t most) {
     type = random.Of({Float::kBf16, Float::kF16, Float::kF32});
-    p = large ? random.Int(513, 540) : random.Int(1, 40);
-    q = large ? random.Int(513, 540) : random.Int(1, 40);
+    p = random.Int(least, most);
+    q = random.Int(least, most);
     for (int64_t e = random.Int(1, 4); e > 0; --e) {
-      sizes.push_back(static_cast<int32_t>(random.OneIn(4) ? 0 : random.Int(1, large ? 290 : 9)));
+      sizes.push_back(static_cast<int32_t>(random.OneIn(4) ? 0 : random.Int(1, most_rows)));
       total += sizes.back();
     }
     count = total + random.Int(0, 5);
@@ -218,7 +219,7 @@ void SmallCases() {
   cpu::SetSgemm(PlainSgemm);
   Random random(1);
   for (int i = 0; i < 200; ++i) {
-    Case c(random, false);
+    Case c(random, i % 4 == 0 ? 70 : 9, 1, 40);
     cpu::Settings settings = ReadSettings(1 + i % 3);
     if (i % 2 == 0) settings.isa = cpu::Isa::kGeneric;
     Check(c, settings);
@@ -229,9 +230,48 @@ void SeveralTiles() {
   cpu::SetSgemm(PlainSgemm);
   Random random(2);
   for (int i = 0; i < 4; ++i) {
-    Case c(random, true);
+    Case c(random, 290, 513, 540);
     Check(c, ReadSettings(4));
   }
+}
+
+// Rows whose distance is a power of two, of every type.
+void RowsThatCompete() {
+  cpu::SetSgemm(PlainSgemm);
+  Random random(4);
+  for (int i = 0; i < 4; ++i) {
+    Case c(random, 40, 1024, 1024);
+    Check(c, ReadSettings(2));
+  }
+}
+
+std::atomic<int> blas_calls{0};
+void CountingSgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
+                   const float* a, int lda, const float* b, int ldb, float beta, float* c,
+                   int ldc) {
+  ++blas_calls;
+  PlainSgemm(order, transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+// Where there are instructions for it, rows that an index collects are multiplied where they lie.
+void IndicesNeedNoBlas() {
+  cpu::SetSgemm(CountingSgemm);
+  Random random(5);
+  bool collected[2] = {false, false};
+  for (int i = 0; i < 60; ++i) {
+    Case c(random, 70, 20, 40);
+    if (c.type != Float::kF32 || c.total == 0) continue;
+    bool enough = true;
+    for (const int32_t size : c.sizes) enough = enough && (size == 0 || size >= 32);
+    const bool index = !c.source.empty();
+    if (!enough && index) continue;
+    const cpu::Settings settings = ReadSettings(1);
+    blas_calls = 0;
+    CheckMatmul(c, false, settings);
+    CHECK_EQ(blas_calls == 0, index && settings.isa == cpu::Isa::kAvx512);
+    collected[index] = true;
+  }
+  CHECK(collected[0] && collected[1]);
 }
 
 // Helpers of a pool that come late, or never, hold nobody up and touch nothing.
@@ -290,6 +330,8 @@ int main(int argc, char** argv) {
   return RunTests(argc, argv,
                   {{"SmallCases", SmallCases},
                    {"SeveralTiles", SeveralTiles},
+                   {"RowsThatCompete", RowsThatCompete},
+                   {"IndicesNeedNoBlas", IndicesNeedNoBlas},
                    {"PoolsMayBeSlow", PoolsMayBeSlow},
                    {"RefusesWhatDoesNotFit", RefusesWhatDoesNotFit}});
 }

@@ -7,8 +7,8 @@
 #include <memory>
 #include <vector>
 
-#include "xla_ffi/engine/cpu/bf16_products.h"
 #include "xla_ffi/engine/cpu/memory.h"
+#include "xla_ffi/engine/cpu/products.h"
 #include "xla_ffi/engine/cpu/rows.h"
 
 namespace jax_fusco::cpu {
@@ -19,8 +19,12 @@ namespace {
 constexpr int64_t kTileRows = 256;
 constexpr int64_t kTileColumns = 512;
 constexpr int64_t kTileDepth = 384;  // an even number
+// Floats for products that wait to be summed, that a thread keeps for its next call.
+constexpr int64_t kKeptProducts = 4 << 20;
 // Products of fewer operations than this end before a helper wakes up.
 constexpr double kInlineFlops = 2e6;
+// Rows whose distance is a multiple of this compete for the same lines of the first cache.
+constexpr int64_t kBadStride = 2048;
 
 std::atomic<Sgemm> the_sgemm{nullptr};
 
@@ -49,9 +53,16 @@ class Scratch {
 
 // What a thread needs for its tile. Kept with the thread, so that its pages are there.
 struct TileScratch {
-  Scratch a, b, c, scaled;
-  std::vector<const uint16_t*> rows;
+  Scratch a, b, c, copies, products;
+  std::vector<const void*> rows;
   std::vector<const uint32_t*> words;
+
+  // The rows as rows of words.
+  const uint32_t* const* Words() {
+    words.clear();
+    for (const void* row : rows) words.push_back(static_cast<const uint32_t*>(row));
+    return words.data();
+  }
 };
 TileScratch& ThreadScratch() {
   static thread_local TileScratch scratch;
@@ -104,32 +115,44 @@ struct Operand {
     return {out, stride};
   }
 
-  // Pointers to rows [r, r + height) of a bfloat16 operand from column c on, and to one of zeros
-  // where they are an odd number. Rows with weights are copies, `width` elements long.
-  void Point(int64_t r, int64_t height, int64_t c, int64_t width, TileScratch* scratch) const {
-    static const uint16_t kZeros[std::max(kTileDepth, kTileColumns)] = {};
+  // Pointers to rows [r, r + height) from column c on, as operands of `products`, and to rows of
+  // zeros up to a whole number of words. They are copies, `width` elements long, where they must be
+  // converted or weighted, or would stand in each other's way as `neighbours`.
+  void Point(const Products& products, int64_t r, int64_t height, int64_t c, int64_t width,
+             bool neighbours, TileScratch* scratch) const {
+    static const float kZeros[std::max({kTileDepth, kTileRows, kTileColumns})] = {};
+    constexpr float kOne = 1;
+    const bool copied =
+        type != products.type || weights != nullptr || (neighbours && rows.bytes % kBadStride == 0);
+    const int64_t bytes = width * SizeOf(products.type);
+    char* copy =
+        copied ? reinterpret_cast<char*>(scratch->copies.Get((height * bytes + 3) / 4)) : nullptr;
+    const auto write =
+        kernels.sum_rows[static_cast<size_t>(type)][static_cast<size_t>(products.type)];
     scratch->rows.clear();
-    uint16_t* copies = nullptr;
-    if (weights != nullptr) {
-      copies = reinterpret_cast<uint16_t*>(scratch->scaled.Get((height * width + 1) / 2));
-    }
-    const auto bf16 = static_cast<size_t>(Float::kBf16);
     for (int64_t i = 0; i < height; ++i) {
       const void* row = At(r + i, c);
-      if (row != nullptr && weights != nullptr) {
-        kernels.sum_rows[bf16][bf16](&row, weights + r + i, 1, width, copies + i * width, &row);
-        row = copies + i * width;
+      if (row == nullptr) {
+        row = kZeros;
+      } else if (copied) {
+        write(&row, weights == nullptr ? &kOne : weights + r + i, 1, width, copy, &row);
+        row = copy;
+        copy += bytes;
       }
-      scratch->rows.push_back(row == nullptr ? kZeros : static_cast<const uint16_t*>(row));
+      scratch->rows.push_back(row);
     }
-    if (height % 2 != 0) scratch->rows.push_back(kZeros);
+    while (static_cast<int64_t>(scratch->rows.size()) % products.per_word != 0) {
+      scratch->rows.push_back(kZeros);
+    }
   }
 };
 
-// Whether sums of so many products of this type have instructions of their own here.
-bool IsNative(Float type, int64_t depth, const Settings& settings) {
-  return type == Float::kBf16 && depth % 2 == 0 && settings.isa == Isa::kAvx512 &&
-         HasBf16Products();
+// Whether `products` rather than the BLAS is for so many rows. In float32 that is as fast, unless
+// rows need to be collected for it first.
+bool Suits(const Products* products, int64_t rows, const Operand& operand) {
+  constexpr int64_t kEnough = 32;
+  if (products == nullptr || products->type == Float::kBf16) return products != nullptr;
+  return rows >= kEnough && !operand.direct();
 }
 
 // c [m, n] += op(a) op(b), or = where it is the first part of the sum.
@@ -160,9 +183,9 @@ struct Tile {
   int64_t begin, end;
 };
 
-void CutTiles(int64_t group, int64_t from, int64_t height, int64_t width, int64_t most_columns,
+void CutTiles(int64_t group, int64_t from, int64_t height, int64_t width,
               std::vector<Tile>* tiles) {
-  const std::vector<int64_t> columns = Cut(width, most_columns), rows = Cut(height, kTileRows);
+  const std::vector<int64_t> columns = Cut(width, kTileColumns), rows = Cut(height, kTileRows);
   for (size_t j = 0; j + 1 < columns.size(); ++j) {
     for (size_t i = 0; i + 1 < rows.size(); ++i) {
       tiles->push_back({group, from + rows[i], from + rows[i + 1], columns[j], columns[j + 1]});
@@ -201,8 +224,20 @@ Status NeedBlas(const char* target) {
   return Status::Internal(Concat(target, ": no BLAS was loaded, call jax_fusco.register() first."));
 }
 
+// Calls that run now. Those of several devices share the cores: helpers of a call would only take
+// turns with them.
+std::atomic<int> running_calls{0};
+class RunningCall {
+ public:
+  RunningCall() { running_calls.fetch_add(1, std::memory_order_relaxed); }
+  ~RunningCall() { running_calls.fetch_sub(1, std::memory_order_relaxed); }
+  RunningCall(const RunningCall&) = delete;
+  RunningCall& operator=(const RunningCall&) = delete;
+};
+
 int ThreadsFor(double flops, const Settings& settings) {
-  return flops < kInlineFlops ? 1 : settings.threads;
+  if (flops < kInlineFlops) return 1;
+  return std::max(1, settings.threads - running_calls.load(std::memory_order_relaxed) + 1);
 }
 
 void Clear(const Rows& rows, int64_t first) {
@@ -224,7 +259,8 @@ class Product {
         kernel_{kernels_, call.type, call.kernel},
         depth_(call.transposed ? call.kernel_columns : call.kernel_rows),
         width_(call.transposed ? call.kernel_rows : call.kernel_columns),
-        settings_(settings) {}
+        settings_(settings),
+        products_(Products::For(depth_ % 2 == 0 ? call.type : Float::kF32, settings.isa)) {}
 
   Status Run() {
     constexpr char kTarget[] = "jax_fusco_grouped_matmul";
@@ -258,7 +294,7 @@ class Product {
     std::vector<Tile> tiles;
     for (int64_t e = 0; e < call_.num_groups; ++e) {
       const int64_t size = begin_[static_cast<size_t>(e) + 1] - begin_[static_cast<size_t>(e)];
-      CutTiles(e, begin_[static_cast<size_t>(e)], size, end - begin, kTileColumns, &tiles);
+      CutTiles(e, begin_[static_cast<size_t>(e)], size, end - begin, &tiles);
     }
     for (Tile& tile : tiles) tile.begin += begin, tile.end += begin;
     return tiles;
@@ -273,23 +309,20 @@ class Product {
     }
     TileScratch& scratch = ThreadScratch();
     const int64_t row = tile.group * call_.kernel_rows;
-    if (IsNative(call_.type, depth_, settings_)) {
+    if (Suits(products_, height, rows_)) {
       for (int64_t k = 0; k < depth_; k += kTileDepth) {
-        const int64_t part = std::min(kTileDepth, depth_ - k);
-        auto* const packed = reinterpret_cast<uint32_t*>(scratch.b.Get(PackedWords(part, columns)));
+        const int64_t part = std::min(kTileDepth, depth_ - k), words = part / products_->per_word;
+        auto* const packed =
+            reinterpret_cast<uint32_t*>(scratch.b.Get(PackedWords(words, columns)));
         if (call_.transposed) {
-          kernel_.Point(row + tile.begin, columns, k, part, &scratch);
-          PackBf16Columns(scratch.rows.data(), part, columns, packed);
+          kernel_.Point(*products_, row + tile.begin, columns, k, part, false, &scratch);
+          products_->pack_columns(scratch.rows.data(), words, columns, packed);
         } else {
-          kernel_.Point(row + k, part, tile.begin, columns, &scratch);
-          PackBf16Rows(scratch.rows.data(), part, columns, packed);
+          kernel_.Point(*products_, row + k, part, tile.begin, columns, false, &scratch);
+          products_->pack_rows(scratch.rows.data(), part, columns, packed);
         }
-        rows_.Point(tile.first, height, k, part, &scratch);
-        scratch.words.clear();
-        for (const uint16_t* a : scratch.rows) {
-          scratch.words.push_back(reinterpret_cast<const uint32_t*>(a));
-        }
-        MultiplyBf16(scratch.words.data(), 1, packed, height, columns, part, k == 0, c, stride);
+        rows_.Point(*products_, tile.first, height, k, part, true, &scratch);
+        products_->multiply(scratch.Words(), 1, packed, height, columns, words, k == 0, c, stride);
       }
       return;
     }
@@ -332,7 +365,10 @@ class Product {
   void MergeAll() {
     PrepareDots();
     FindTerms();
-    Scratch products;
+    Scratch own;
+    // Kept with the thread while it is small.
+    Scratch& products =
+        total_ * std::min(width_, kTileColumns) <= kKeptProducts ? ThreadScratch().products : own;
     const int64_t most = std::min(width_, kTileColumns);
     float* const y = products.Get(total_ * most);
     const std::vector<int64_t> panels = Cut(width_, kTileColumns);
@@ -443,6 +479,7 @@ class Product {
   const Operand rows_, kernel_;
   const int64_t depth_, width_;
   const Settings& settings_;
+  const Products* const products_;
   std::vector<int64_t> begin_;  // of each group
   int64_t total_ = 0;
   std::vector<int64_t> term_begin_, terms_;
@@ -453,28 +490,18 @@ class Product {
 
 }  // namespace
 
-bool HasBf16Products() {
-#if defined(__x86_64__)
-  static const bool has = [] {
-    __builtin_cpu_init();
-    return BestIsa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
-  }();
-  return has;
-#else
-  return false;
-#endif
-}
-
 void SetSgemm(Sgemm sgemm) { the_sgemm.store(sgemm, std::memory_order_relaxed); }
 
 Status GroupedMatmul(const GroupedMatmulCall& call, const Settings& settings,
                      const Workers::Schedule& schedule) {
+  const RunningCall running;
   return Product(call, settings, schedule).Run();
 }
 
 Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
                     const Workers::Schedule& schedule) {
   constexpr char kTarget[] = "jax_fusco_grouped_outer";
+  const RunningCall running;
   std::vector<int64_t> begin;
   Status status = NeedBlas(kTarget);
   if (status.ok()) {
@@ -491,14 +518,14 @@ Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
   AdviseHugePages(call.out.data, call.out.count * call.out.bytes);
   std::vector<Tile> tiles;
   for (int64_t e = 0; e < call.num_groups; ++e) {
-    CutTiles(e, 0, call.kernel_rows, call.kernel_columns, kTileColumns, &tiles);
+    CutTiles(e, 0, call.kernel_rows, call.kernel_columns, &tiles);
   }
   // The longest sums first, so that all threads end together.
   std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) {
     return call.group_sizes[a.group] > call.group_sizes[b.group];
   });
   const bool in_place = call.type == Float::kF32;
-  const bool native = IsNative(call.type, 0, settings);
+  const Products* const products = Products::For(call.type, settings.isa);
   const auto round =
       kernels.sum_rows[static_cast<size_t>(Float::kF32)][static_cast<size_t>(call.type)];
   const double flops = 2.0 * static_cast<double>(total) * static_cast<double>(call.kernel_rows) *
@@ -523,23 +550,26 @@ Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
                               : scratch.c.Get(kTileRows * kTileColumns);
     const int64_t stride = in_place ? call.kernel_columns : columns;
     const int64_t step = rows.direct() && g.direct() ? size : kTileDepth;
-    for (int64_t k = 0; native && k < size; k += kTileDepth) {
-      const int64_t part = std::min(kTileDepth, size - k), even = part + part % 2;
-      auto* const a = reinterpret_cast<uint32_t*>(scratch.a.Get(PackedWords(even, height)));
-      auto* const b = reinterpret_cast<uint32_t*>(scratch.b.Get(PackedWords(even, columns)));
-      rows.Point(from + k, part, tile.first, height, &scratch);
-      PackBf16Rows(scratch.rows.data(), even, height, a);
-      g.Point(from + k, part, tile.begin, columns, &scratch);
-      PackBf16Rows(scratch.rows.data(), even, columns, b);
+    const bool suited = Suits(products, size, rows.direct() ? g : rows);
+    for (int64_t k = 0; suited && k < size; k += kTileDepth) {
+      const int64_t part = std::min(kTileDepth, size - k);
+      const int64_t words = (part + products->per_word - 1) / products->per_word;
+      const int64_t rows_read = words * products->per_word;
+      auto* const a = reinterpret_cast<uint32_t*>(scratch.a.Get(PackedWords(words, height)));
+      auto* const b = reinterpret_cast<uint32_t*>(scratch.b.Get(PackedWords(words, columns)));
+      rows.Point(*products, from + k, part, tile.first, height, false, &scratch);
+      products->pack_rows(scratch.rows.data(), rows_read, height, a);
+      g.Point(*products, from + k, part, tile.begin, columns, false, &scratch);
+      products->pack_rows(scratch.rows.data(), rows_read, columns, b);
       scratch.words.clear();
       for (int64_t i = 0; i < height; ++i) {
         const int64_t panel = i / kPanelColumns * kPanelColumns;
-        scratch.words.push_back(a + panel * even / 2 + i % kPanelColumns);
+        scratch.words.push_back(a + panel * words + i % kPanelColumns);
       }
-      MultiplyBf16(scratch.words.data(), kPanelColumns, b, height, columns, even, k == 0, c,
-                   stride);
+      products->multiply(scratch.words.data(), kPanelColumns, b, height, columns, words, k == 0, c,
+                         stride);
     }
-    for (int64_t k = 0; !native && k < size; k += step) {
+    for (int64_t k = 0; !suited && k < size; k += step) {
       const int64_t part = std::min(step, size - k);
       const Block a = rows.Get(from + k, part, tile.first, height, &scratch.a);
       const Block b = g.Get(from + k, part, tile.begin, columns, &scratch.b);

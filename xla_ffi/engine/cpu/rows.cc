@@ -1,5 +1,7 @@
 #include "xla_ffi/engine/cpu/rows.h"
 
+#include "xla_ffi/engine/cpu/products.h"
+
 namespace jax_fusco::cpu {
 
 const char* IsaName(Isa isa) {
@@ -31,6 +33,29 @@ const RowKernels& RowKernels::For(Isa isa) {
 #endif
   (void)isa;
   return GenericRowKernels();
+}
+
+bool HasBf16Products() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    __builtin_cpu_init();
+    return BestIsa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
+const Products* Products::For(Float type, Isa isa) {
+#if defined(__x86_64__)
+  if (isa != Isa::kAvx512) return nullptr;
+  return type == Float::kBf16 && HasBf16Products() ? &Avx512Bf16Products() : &Avx512Products();
+#else
+  (void)type;
+  (void)isa;
+  return nullptr;
+#endif
 }
 
 }  // namespace jax_fusco::cpu

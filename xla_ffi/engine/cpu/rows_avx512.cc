@@ -1,5 +1,6 @@
-// Row kernels with AVX-512 (F, BW, VL, DQ). Compiled with those instructions switched on: nothing
-// here may run, or be shared with other files, before the machine was asked for them.
+// Row kernels, and products of float32, with AVX-512 (F, BW, VL, DQ). Compiled with those
+// instructions switched on: nothing here may run, or be shared with other files, before the machine
+// was asked for them.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -115,13 +116,38 @@ inline F64x16 Mul(const F64x16& a, const F64x16& b) {
 }  // namespace
 }  // namespace jax_fusco::cpu
 
+#include "xla_ffi/engine/cpu/products_template.h"
 #include "xla_ffi/engine/cpu/rows_template.h"
 
 namespace jax_fusco::cpu {
+namespace {
+
+struct Single {
+  static __m512 Fma(__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); }
+};
+
+void PackRows(const void* const* rows, int64_t k, int64_t n, uint32_t* packed) {
+  for (int64_t r = 0; r < k; ++r) {
+    const float* const from = static_cast<const float*>(rows[r]);
+    float* to = reinterpret_cast<float*>(packed) + r * kPanelColumns;
+    for (int64_t j = 0; j < n; j += kPanelColumns, to += k * kPanelColumns) {
+      _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(Low16(n - j), from + j));
+      _mm512_storeu_ps(to + 16, _mm512_maskz_loadu_ps(Low16(n - j - 16), from + j + 16));
+    }
+  }
+}
+
+}  // namespace
 
 const RowKernels& Avx512RowKernels() {
   static const RowKernels kernels = MakeRowKernels();
   return kernels;
+}
+
+const Products& Avx512Products() {
+  static constexpr Products kProducts = {Float::kF32, 1, PackRows, PackColumns,
+                                         MultiplyWords<Single>};
+  return kProducts;
 }
 
 }  // namespace jax_fusco::cpu
