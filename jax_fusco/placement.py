@@ -163,9 +163,10 @@ class Placement:
     def predict(self, stats: RoutingStats, *, row_bytes: int = 1) -> Prediction:
         """What this placement changes, before anything moves.
 
-        Tokens lie evenly over the ranks, and each assignment goes to any replica of its expert with
-        the same probability. Distinct ranks and nodes are counted on the half of the sampled tokens
-        that `optimize_placement` does not look at, so that they are honest for its results too.
+        Tokens lie evenly over the ranks, and replicas are chosen as a plan does whose topology has
+        the nodes of this placement. Distinct ranks and nodes are counted on the half of the sampled
+        tokens that `optimize_placement` does not look at, so that they are honest for its results
+        too.
 
         Args:
           stats: `RoutingStats` in the router's ids, of this placement's experts and layers.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 
+from jax_fusco import replicas
 from jax_fusco.ledger import LINKS
 from jax_fusco.placement import Placement
 from jax_fusco.plan import whole
 from jax_fusco.routing_stats import RoutingStats
 
 Array = np.ndarray
+_nearest = jax.jit(replicas.nearest, static_argnums=(1, 3, 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,30 +162,61 @@ def predict(placement: Placement, stats: RoutingStats, row_bytes: int) -> Predic
     return Prediction(today, after, gain, moves, row_bytes)
 
 
-def _traffic(placement: Placement, stats: RoutingStats) -> tuple[float, float, float, Placement]:
-    """(ranks, nodes, load) of one layer, and its placement."""
+def _sources(placement: Placement, sets: Array) -> Iterator[tuple[Array, Array]]:
+    """What a plan does with tokens that lie on rank 0, on rank 1, ... (there, share).
+
+    there: bool [S, R], whether each of `sets` [S, E] goes to each rank; replicas take turns over
+    the tokens. share: [E, R], of each expert's assignments those that go to each rank.
+    """
+    slots, experts = np.asarray(placement.expert_of_slot), placement.num_experts
+    ranks, local = placement.num_ranks, placement.ranks_per_node
+    token, expert = np.nonzero(sets)
+    turn = (np.cumsum(sets, axis=0) - sets)[token, expert].astype(np.int64)
+    there, share = np.zeros((len(sets), ranks), bool), np.zeros((experts, ranks))
+    for source in range(ranks):
+        if placement.has_replicas or not source:
+            order, begin, copies = map(np.asarray, _nearest(slots, experts, source, ranks, local))
+            near = order[: copies.sum()]
+            share = np.zeros_like(share)
+            np.add.at(share, (slots[near], near // placement.num_slots), 1 / copies[slots[near]])
+            slot = order[begin[expert] + (turn + source) % copies[expert]]
+            there = np.zeros_like(there)
+            there[token, slot // placement.num_slots] = True
+        yield there, share
+
+
+def _traffic(placement: Placement, stats: RoutingStats) -> dict[str, float]:
+    """Fields of `Traffic`, and rows by class of link, of one layer."""
     sets, weight = held_out(stats)
-    by_rank = shares(placement, 1)
-    ranks = float(weight @ touched(sets, by_rank))
-    nodes = float(weight @ touched(sets, shares(placement, placement.ranks_per_node)))
-    load = stats.load @ by_rank
-    return ranks, nodes, float(load.max() / max(load.mean(), 1e-30)), placement
+    ranks, local = placement.num_ranks, placement.ranks_per_node
+    count = ranks // local
+    by_rank, by_node = np.zeros((ranks, ranks)), np.zeros((ranks, count))
+    load = np.zeros(ranks)
+    for source, (there, share) in enumerate(_sources(placement, sets)):
+        by_rank[source] = weight @ there
+        by_node[source] = weight @ there.reshape(-1, count, local).any(-1)
+        load += stats.load @ share
+    node = np.arange(ranks) // local
+    same = node[:, None] == node
+    total, own = by_rank.sum() / ranks, np.trace(by_rank) / ranks
+    near = by_rank[same].sum() / ranks - own
+    wire = by_node[node[:, None] != np.arange(count)].sum() / ranks
+    # The rail by which a row comes is any with the same probability; what crosses is first pulled
+    # to its rail.
+    by_rail = total - own - near + wire
+    return {
+        "ranks": total,
+        "nodes": by_node.sum() / ranks,
+        "load": load.max() / max(load.mean(), 1e-30),
+        "rank": own + by_rail / local,
+        "node": near + by_rail * (local - 1) / local,
+        "wire": wire,
+    }
 
 
-def _stack(found: list[tuple], layers: int | None, row_bytes: int) -> Traffic:
-    placement = found[0][3]
-    local = placement.ranks_per_node
-    count = placement.num_ranks // local
-    ranks, nodes, load = (np.array(each) for each in zip(*(one[:3] for one in found), strict=True))
-    crossing = nodes * (count - 1) / count
-    # The token's own rank is any with the same probability, and so is the rail it comes in by;
-    # what crosses is first pulled to its rail.
-    near = ranks + crossing
-    links = {"rank": near / local, "node": near * (local - 1) / local, "wire": crossing}
-    shape = () if layers is None else (layers,)
-    return Traffic(
-        ranks.reshape(shape),
-        nodes.reshape(shape),
-        {link: (row_bytes * number).reshape(shape) for link, number in links.items()},
-        load.reshape(shape),
-    )
+def _stack(found: list[dict[str, float]], layers: int | None, row_bytes: int) -> Traffic:
+    by_name = {name: np.array([one[name] for one in found]) for name in found[0]}
+    if layers is None:
+        by_name = {name: each[0] for name, each in by_name.items()}
+    links = {link: row_bytes * by_name[link] for link in LINKS}
+    return Traffic(by_name["ranks"], by_name["nodes"], links, by_name["load"])

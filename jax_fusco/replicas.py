@@ -73,13 +73,13 @@ def slots_of(
         slot = slot[expert]
     else:
         rank = axis.rank()
-        order, begin, copies = _nearest(slots, experts, rank, axis.size, ranks_per_node)
+        order, begin, copies = nearest(slots, experts, rank, axis.size, ranks_per_node)
         turn = _turns(implementation, jnp.where(known, ids, -1), expert, experts) + rank
         slot = order[begin[expert] + turn % jnp.maximum(copies, 1)[expert]]
     return jnp.where(known, slot, jnp.where(ids >= experts, jnp.maximum(ids, number), ids))
 
 
-def _nearest(
+def nearest(
     slots: Array, experts: int, rank: Array, ranks: int, ranks_per_node: int
 ) -> tuple[Array, Array, Array]:
     """The nearest slots of every expert: `order[begin[e] : begin[e] + copies[e]]`, ascending."""

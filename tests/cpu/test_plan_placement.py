@@ -173,6 +173,66 @@ def test_shares_are_even_and_remainders_do_not_pile_up(implementation):
         assert to_second in (2, 3)
 
 
+def sent(slot_rank, ranks, local):
+    """Literal counts of what plans send, a token: ranks, nodes, rows by class of link."""
+    found = dict.fromkeys(("ranks", "nodes", "rank", "node", "wire"), 0)
+    for source, tokens in enumerate(slot_rank.tolist()):
+        for token in tokens:
+            there = set(token)
+            nodes = {rank // local for rank in there}
+            found["ranks"] += len(there)
+            found["nodes"] += len(nodes)
+            wire = len(nodes - {source // local})
+            found["wire"] += wire
+            found["rank"] += source in there
+            found["node"] += sum(
+                rank != source and rank // local == source // local for rank in there
+            )
+            by_rail = wire + sum(rank // local != source // local for rank in there)
+            found["rank"] += by_rail / local
+            found["node"] += by_rail * (local - 1) / local
+    tokens = slot_rank.shape[0] * slot_rank.shape[1]
+    return {name: count / tokens for name, count in found.items()}
+
+
+@pytest.mark.parametrize("local", [4, 8])
+def test_predictions_are_what_plans_do(local):
+    """Popular experts, some of them in pairs that always come together, and several copies."""
+    ranks, tokens, experts, k, slots = 8, 500, 16, 3, 3
+    rng = np.random.default_rng(0)
+    score = rng.gumbel(size=(ranks, tokens, experts)) - 1.5 * np.log(np.arange(experts) + 1)
+    score[..., 1] = score[..., 0] - 1e-6
+    ids = np.argsort(-score, axis=-1)[..., :k].astype(np.int32)
+    stats = jf.RoutingStats.zeros(experts, num_samples=2 * ranks * tokens).update(ids)
+    copies = [0, 1, 0, 1, 2, 3, 0, 1]
+    placement = Placement.of_slots(
+        rng.permutation([*range(experts), *copies]),
+        num_experts=experts,
+        num_ranks=ranks,
+        ranks_per_node=local,
+    )
+
+    def run(placement, ids):
+        plan = jf.make_plan(
+            ids[0],
+            axis_name="expert",
+            num_experts=experts,
+            placement=placement,
+            topology=jf.Topology(None, "expert", local) if local < ranks else None,
+        )
+        return plan.slot_rank[None], plan.expert_counts.sum()[None]
+
+    mesh = make_mesh(ranks)
+    slot_rank, load = sharded(run, mesh, in_specs=(P(), P("expert")))(placement, ids)
+    want = sent(np.asarray(slot_rank), ranks, local)
+    found = placement.predict(stats).after
+    got = {"ranks": found.ranks, "nodes": found.nodes, **found.links}
+    assert placement.num_slots == slots
+    for name, number in want.items():
+        assert got[name] == pytest.approx(number, rel=0.02, abs=1e-9), name
+    assert found.load == pytest.approx(float(load.max() / load.mean()), rel=0.02)
+
+
 @both
 def test_one_rank_without_a_mesh(implementation):
     slots = np.array([2, 0, 1, 1, 0, 1], np.int32)
