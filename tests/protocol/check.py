@@ -1,4 +1,4 @@
-"""Checks handshake.pml exhaustively with spin: the protocol as it is, and with one rule taken away.
+"""Checks the models here exhaustively with spin: the protocol as it is, and without one rule.
 
 Run it by hand for the figures: ``python tests/protocol/check.py``.
 """
@@ -11,17 +11,30 @@ import subprocess
 import sys
 import tempfile
 
-MODEL = pathlib.Path(__file__).with_name("handshake.pml")
+FOLDER = pathlib.Path(__file__).parent
 TOOLS = ("spin", "gcc")
 MUTANT = re.compile(r"MUTANT_(\w+)")
 
-# What the model is searched for; see its head for the meaning. Every search ends in seconds.
+# What each model is searched for; see its head for the meaning. Every search ends in seconds.
 CASES = {
-    "late": {"RANKS": 3, "TIMEOUTS": 2},
-    "late, three runs": {"RANKS": 2, "RUNS": 3, "CALLS": 3, "TIMEOUTS": 2},
-    "absent or wrong": {"RANKS": 3, "TIMEOUTS": 1, "SKIPS": 1, "BAD_INDICES": 1},
-    "dead": {"RANKS": 3, "TIMEOUTS": 1, "DEATHS": 1},
-    "everything": {"RANKS": 2, "RUNS": 3, "TIMEOUTS": 2, "SKIPS": 1, "BAD_INDICES": 1, "DEATHS": 1},
+    "handshake": {
+        "late": {"RANKS": 3, "TIMEOUTS": 2},
+        "late, three runs": {"RANKS": 2, "RUNS": 3, "CALLS": 3, "TIMEOUTS": 2},
+        "absent or wrong": {"RANKS": 3, "TIMEOUTS": 1, "SKIPS": 1, "BAD_INDICES": 1},
+        "dead": {"RANKS": 3, "TIMEOUTS": 1, "DEATHS": 1},
+        "everything": {
+            "RANKS": 2,
+            "RUNS": 3,
+            "TIMEOUTS": 2,
+            "SKIPS": 1,
+            "BAD_INDICES": 1,
+            "DEATHS": 1,
+        },
+    },
+    "settle": {
+        "late, hosts far ahead": {"PROCESSES": 2, "AHEAD": 2, "TIMEOUTS": 2},
+        "everything": {"PROCESSES": 2, "TIMEOUTS": 1, "BAD_INDICES": 1},
+    },
 }
 
 
@@ -40,13 +53,14 @@ def missing_tools() -> list[str]:
     return [tool for tool in TOOLS if shutil.which(tool) is None]
 
 
-def mutants() -> list[str]:
-    """The rules that the model can do without, by name."""
-    return sorted(set(MUTANT.findall(MODEL.read_text().split("#ifndef RANKS", 1)[1])))
+def mutants(model: str) -> list[str]:
+    """The rules that a model can do without, by name."""
+    text = (FOLDER / f"{model}.pml").read_text()
+    return sorted(set(MUTANT.findall(text.split("#ifndef", 1)[1])))
 
 
-def search(defines: dict[str, int]) -> Search:
-    """Builds the checker of the model with these macros and runs it to its end or first error."""
+def search(model: str, defines: dict[str, int]) -> Search:
+    """Builds the checker of a model with these macros and runs it to its end or first error."""
     flags = [f"-D{name}={value}" for name, value in defines.items()]
     with tempfile.TemporaryDirectory() as folder:
 
@@ -56,7 +70,7 @@ def search(defines: dict[str, int]) -> Search:
                 raise RuntimeError(f"{command[0]} failed: {done.stdout}{done.stderr}")
             return done.stdout
 
-        run("spin", "-a", *flags, str(MODEL))
+        run("spin", "-a", *flags, str(FOLDER / f"{model}.pml"))
         run("gcc", "-O1", "-w", "-DSAFETY", "-DCOLLAPSE", "-DMEMLIM=4000", "-o", "pan", "pan.c")
         log = run("./pan", "-m100000")
     errors = re.search(r"errors: (\d+)", log)
@@ -68,7 +82,7 @@ def search(defines: dict[str, int]) -> Search:
         errors=int(errors[1]),
         complete=not any(sign in log for sign in incomplete),
         states=int(states[1]),
-        unreached=tuple(re.findall(r"handshake\.pml:\d+, state \d+, (.*)", log)),
+        unreached=tuple(re.findall(r"\.pml:\d+, state \d+, (.*)", log)),
         log=log,
     )
 
@@ -76,14 +90,18 @@ def search(defines: dict[str, int]) -> Search:
 def main() -> int:
     """Prints a line for each case and each mutant; 0 where all is as it must be."""
     good = True
-    for name, defines in CASES.items():
-        result = search(defines)
-        good &= result.errors == 0 and result.complete
-        print(f"{name}: {result.errors} errors, {result.states} states, complete={result.complete}")
-    for name in mutants():
-        result = search({**CASES["everything"], f"MUTANT_{name}": 1})
-        good &= result.errors > 0
-        print(f"without {name}: {'found' if result.errors else 'NOT FOUND'}")
+    for model, cases in CASES.items():
+        for name, defines in cases.items():
+            result = search(model, defines)
+            good &= result.errors == 0 and result.complete
+            print(
+                f"{model}, {name}: {result.errors} errors, {result.states} states, "
+                f"complete={result.complete}"
+            )
+        for name in mutants(model):
+            result = search(model, {**cases["everything"], f"MUTANT_{name}": 1})
+            good &= result.errors > 0
+            print(f"{model} without {name}: {'found' if result.errors else 'NOT FOUND'}")
     return 0 if good else 1
 
 
