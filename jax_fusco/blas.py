@@ -25,33 +25,36 @@ def is_installed() -> bool:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def _environment(values: dict[str, str | None]) -> Iterator[None]:
     """Sets environment variables for a moment: OpenBLAS reads them once, when it is loaded."""
+
+    def put(values: dict[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    put(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        put(before)
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """OpenBLAS with one thread, None where the package is missing.
 
-    Its kernels are those of JAX_FUSCO_ISA where that is set, else of OPENBLAS_CORETYPE, else those
-    that it finds best.
+    Its kernels are those of JAX_FUSCO_ISA where that is set, else those that it finds best. What
+    OPENBLAS_CORETYPE says is meant for others: some systems set it for all programs, and AVX2 takes
+    twice as long as AVX-512.
     """
     if not is_installed():
         return None
-    values = {"OPENBLAS_NUM_THREADS": "1"}
     kernels = _KERNELS.get(os.environ.get("JAX_FUSCO_ISA", ""))
-    if kernels is not None:
-        values["OPENBLAS_CORETYPE"] = kernels
+    values = {"OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": kernels}
     with _environment(values):
         package = importlib.import_module("scipy_openblas32")  # loads the library
         file = pathlib.Path(package.get_lib_dir()) / package.get_library(fullname=True)

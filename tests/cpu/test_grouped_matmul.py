@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import sys
 import types
 
@@ -483,6 +484,17 @@ def test_errors(changes, error, message):
     with pytest.raises(error) as caught:
         jf.grouped_matmul(**arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 kernels")
+def test_kernels_are_those_of_the_processor_whatever_others_are_told():
+    def kernels(others, isa=""):
+        env = {"OPENBLAS_CORETYPE": others, "JAX_FUSCO_ISA": isa}
+        run = run_python("from jax_fusco import blas; print(blas.kernels())", env=env)
+        return run.stdout.strip()
+
+    assert kernels("Nehalem") == kernels("Prescott") != ""
+    assert kernels("Nehalem", "avx2") == "Haswell"
 
 
 def test_without_a_blas(monkeypatch):
