@@ -191,6 +191,11 @@ def _weights(weights: Any, merge: Any, count: int, dtype: Any) -> jax.Array | No
     return weights.astype(jnp.promote_types(dtype, jnp.float32))
 
 
+def reads_in_place(dtype: Any) -> bool:
+    """Whether it is known here that rows behind a `source` will be read without a copy of them."""
+    return _choose(None, dtype) == "blas"
+
+
 def _choose(implementation: str | None, dtype: Any) -> str:
     """One of the implementations, or "platform" where only lowering can tell."""
     if implementation is None:

@@ -129,6 +129,12 @@ def experts_per_rank(num_experts: int, num_ranks: int) -> int:
     return num_experts // num_ranks
 
 
+def expected_ranks(k: int, num_experts: int, num_ranks: int) -> float:
+    """Mean distinct ranks of a token whose k distinct experts are drawn evenly."""
+    elsewhere = num_experts - experts_per_rank(num_experts, num_ranks)
+    return num_ranks * (1 - math.comb(elsewhere, k) / math.comb(num_experts, k))
+
+
 def dropless_capacity(
     tokens_per_rank: int, k: int, num_experts: int, num_ranks: int, alignment: int = 1
 ) -> int:

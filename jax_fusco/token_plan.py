@@ -54,7 +54,10 @@ class TokenPlan:
         """The weight of each assignment here, zero where there is none. Differentiable."""
         from jax_fusco import api
 
-        dispatched = api.dispatch(weights, self.rows)
+        return self.weights_of(api.dispatch(weights, self.rows))
+
+    def weights_of(self, dispatched: Float[Array, "C k"]) -> Float[Array, " A"]:
+        """`local_weights`, of weights that were dispatched together with the rows."""
         row, choice = jnp.maximum(self.source, 0), jnp.maximum(self.choice, 0)
         return jnp.where(self.source >= 0, dispatched[row, choice], 0)
 

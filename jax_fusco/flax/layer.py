@@ -13,9 +13,12 @@ from jax import lax
 import jax_fusco as jf
 from jax_fusco.api import Implementation
 from jax_fusco.flax.experts import ACTIVATIONS, dense_ffn, expert_ffn
+from jax_fusco.flax.limited import RankLimitedRouter
 from jax_fusco.flax.metrics import MoEMetrics, measure
 from jax_fusco.flax.router import Router
+from jax_fusco.grouped_matmul import reads_in_place
 from jax_fusco.mesh import AxisName, expert_axis, vary, varying_axes
+from jax_fusco.plan import expected_ranks
 from jax_fusco.topology import Topology
 
 Params = Mapping[str, jax.Array]
@@ -33,7 +36,7 @@ class LayerConfig:
     alignment: int
     implementation: Implementation
     topology: Topology | None
-    rows: Literal["assignment", "token"]
+    rows: Literal["assignment", "token"] | None
     report_expert_ids: bool
     dtype: Any
 
@@ -45,6 +48,17 @@ class LocalAxes:
     expert: AxisName
     tokens: tuple[str, ...]
     model: str | None
+
+
+def _rows_to_send(config: LayerConfig, num_ranks: int) -> Literal["assignment", "token"]:
+    """`config.rows`, or what is faster; docs/grouped_matmul.md has the measurement."""
+    if config.rows is not None:
+        return config.rows
+    ranks = expected_ranks(config.top_k, config.num_experts, num_ranks)
+    if isinstance(config.router, RankLimitedRouter):
+        ranks = min(ranks, config.router.max_ranks)
+    few = ranks < config.top_k / 2
+    return "token" if few and reads_in_place(config.dtype) else "assignment"
 
 
 def _logits(params: Params, x: jax.Array) -> jax.Array:
@@ -85,19 +99,19 @@ def moe_layer(
         # Here, and not where the kernels meet the rows, so that backward sums over the model axis
         # one row per token and not k of them.
         x = vary(x, varying_axes(lax.axis_index(axes.model)))
-    capacity = None
+    num_ranks, capacity = expert_axis(axes.expert).size, None
     if config.capacity_factor is not None:
         capacity = jf.capacity(
             x.shape[0],
             config.top_k,
             config.num_experts,
-            expert_axis(axes.expert).size,
+            num_ranks,
             config.capacity_factor,
             config.alignment,
         )
     plan = jf.make_plan(
         ids,
-        rows=config.rows,
+        rows=_rows_to_send(config, num_ranks),
         axis_name=axes.expert,
         num_experts=config.num_experts,
         capacity=capacity,
@@ -106,10 +120,12 @@ def moe_layer(
         topology=None if axes.expert is None else config.topology,
     )
     # Undefined, not zero: grouped_matmul masks the rows past the last group.
-    rows = jf.dispatch(x, plan, padding="undefined")
-    weights, index = routing.weights, {}
     if isinstance(plan, jf.TokenPlan):
-        weights, index = None, {"source": plan.source, "weights": plan.local_weights(weights)}
+        rows, here = jf.dispatch((x, routing.weights), plan, padding="undefined")
+        weights, index = None, {"source": plan.source, "weights": plan.weights_of(here)}
+    else:
+        rows = jf.dispatch(x, plan, padding="undefined")
+        weights, index = routing.weights, {}
     with jax.named_scope("moe_experts"):
         rows = expert_ffn(
             rows,

@@ -94,7 +94,8 @@ class MoE(nnx.Module):
       implementation: of the shuffle, as in `jax_fusco.make_plan`.
       topology: of the ranks of `axis_name`, as in `jax_fusco.make_plan`.
       rows: what travels, as in `jax_fusco.make_plan`: a row for each "assignment", or fewer, one
-        for each "token" and rank, which grouped matmuls then read through an index.
+        for each "token" and rank, which grouped matmuls then read through an index. None: "token"
+        on CPU devices where a token is expected on fewer ranks than half of `top_k`.
       report_expert_ids: whether `MoEMetrics` holds the experts of each token.
       rngs: rng key.
 
@@ -125,7 +126,7 @@ class MoE(nnx.Module):
         model_axis: str | None = None,
         implementation: Implementation = None,
         topology: Topology | None = None,
-        rows: Literal["assignment", "token"] = "assignment",
+        rows: Literal["assignment", "token"] | None = None,
         report_expert_ids: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -158,10 +159,10 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"axis_name: got {axis_name!r}, need {topology.axis_name} for this topology"
             )
-        if rows not in ("assignment", "token"):
-            raise ValueError(f"rows: got {rows!r}, need 'assignment' or 'token'")
+        if rows not in (None, "assignment", "token"):
+            raise ValueError(f"rows: got {rows!r}, need 'assignment', 'token', or None")
         self.topology = topology
-        self.rows: Literal["assignment", "token"] = rows
+        self.rows: Literal["assignment", "token"] | None = rows
         self.report_expert_ids = report_expert_ids
         self._create_params(kernel_init, bias_init, rngs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -19,6 +20,7 @@ import jax_fusco as jf
 from jax_fusco.flax import (
     MoE,
     MoEMetrics,
+    RankLimitedRouter,
     Router,
     Routing,
     SigmoidRouter,
@@ -237,6 +239,43 @@ def test_one_row_a_token(axis_type: AxisType) -> None:
     assert_equals_dense(moe, mesh, tokens_of(3, 5, 12))
 
 
+@pytest.mark.parametrize(
+    ("experts", "k", "ranks", "options", "rows"),
+    [
+        (8, 2, 4, {}, "assignment"),
+        (8, 4, 4, {}, "assignment"),  # 3.7 ranks a token
+        (16, 8, 4, {}, "token"),  # 3.98, nearly all there are, and 8 rows
+        (8, 2, 1, {}, "assignment"),
+        (8, 3, 1, {}, "token"),
+        (8, 3, None, {}, "assignment"),  # the platform is not known
+        (8, 3, 1, {"rows": "assignment"}, "assignment"),
+        (8, 4, 4, {"router": RankLimitedRouter(SoftmaxRouter(), 4, 1)}, "token"),
+        (8, 4, 4, {"router": RankLimitedRouter(SoftmaxRouter(), 4, 2)}, "assignment"),
+    ],
+)
+def test_rows_that_travel_by_default(
+    experts: int,
+    k: int,
+    ranks: int | None,
+    options: dict[str, Any],
+    rows: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        found.append(options["rows"])
+        return jf.api.make_plan(*args, **options)
+
+    monkeypatch.setattr(jf, "make_plan", noted)
+    # No other test has 13 features: nothing was traced before the patch.
+    moe, x = block(features=13, experts=experts, k=k, **options), tokens_of(8, 13)
+    mesh = None if ranks is None else make_mesh({"expert": ranks})
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        jax.eval_shape(moe, x)
+    assert set(found) == {rows}
+
+
 @AXIS_TYPES
 def test_over_nodes(axis_type: AxisType) -> None:
     mesh = make_mesh({"data": 2, "node": 2, "expert": 2}, axis_type=axis_type)
@@ -432,7 +471,8 @@ def test_undefined_rows_never_spread(
         used = plan.rows.group_sizes if isinstance(plan, jf.TokenPlan) else plan.group_sizes
         assert isinstance(plan, jf.TokenPlan) or plan.alignment == 4
         tail = jnp.arange(plan.capacity) >= used.sum()
-        return jnp.where(tail[:, None], jnp.nan, real(x, plan, padding=padding))
+        moved = real(x, plan, padding=padding)
+        return jax.tree.map(lambda rows: jnp.where(tail[:, None], jnp.nan, rows), moved)
 
     options = {"use_bias": True, "activation": activation, "alignment": 4, "rows": rows}
     x = tokens_of(5, 3, 12)
@@ -476,7 +516,7 @@ def test_undefined_rows_never_spread(
         (
             {"rows": "expert"},
             ValueError,
-            "rows: got 'expert', need 'assignment' or 'token'",
+            "rows: got 'expert', need 'assignment', 'token', or None",
         ),
         (
             {"topology": jf.Topology()},
