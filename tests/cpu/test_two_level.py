@@ -18,7 +18,7 @@ from helpers import P, assert_same_bits, both, make_mesh, sharded
 from hypothesis import given
 
 import jax_fusco as jf
-from jax_fusco import two_level
+from jax_fusco import crossing, crossing_reference, two_level, two_level_plan
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype("f2"), np.dtype("f4")
 TWO = jf.Topology("node", "expert")
@@ -441,3 +441,40 @@ def test_a_plan_on_cpu_devices_takes_three_exchanges_and_one_call_a_step():
     for name in ("count", "lay_out", "place", "deliver"):
         assert text.count(f'custom_call_target="jax_fusco_crossing_{name}"') == 1
     assert text.count('custom_call_target="jax_fusco_') == 4
+
+
+@functools.cache
+def both_plans(case):
+    """A program that plans in the engine's calls, and from the movers as GPUs do."""
+    sizes, topology, _, _, local, _, _, alignment, capacity = CASES[case]
+    mesh = make_mesh(sizes)
+    names = topology.axis_name
+    spec = P(tuple(name for name in sizes if name not in names) or None, names)
+    experts = local * ranks_of(sizes, topology)
+
+    def run(ids):
+        levels = two_level_plan.Levels.of(topology)
+        options = {
+            "local": levels.local,
+            "node": levels.node,
+            "num_experts": experts,
+            "capacity": capacity or 40,
+            "alignment": alignment,
+        }
+        found = (
+            crossing.plan(ids[0, 0], **options),
+            crossing_reference.plan("fused", ids[0, 0], **options),
+        )
+        return jax.tree.map(lambda a: a[None, None], found)
+
+    return sharded(run, mesh, in_specs=spec, out_specs=spec)
+
+
+# One node needs no crossing.
+@pytest.mark.parametrize("case", [i for i, case in enumerate(CASES) if case[0].get("node") != 1])
+@given(data=st.data())
+@hypothesis.settings(max_examples=12)
+def test_plans_from_movers_are_those_of_the_engine(case, data):
+    ids, _ = data.draw(routed(case))
+    engine, movers = jax.device_get(both_plans(case)(ids))
+    jax.tree.map(assert_same_bits, movers, engine)
