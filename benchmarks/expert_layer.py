@@ -16,6 +16,7 @@ import numpy as np
 
 KINDS = ("assignment", "token")  # what makes a row, as in make_plan(rows=)
 CASES = ("today", "placed", "placed for ranks alone", "at most 2 ranks", "at most 1 rank")
+TIMES = {"milliseconds": time.perf_counter, "processor_milliseconds": time.process_time}
 
 
 def count_rows(ids: np.ndarray, experts: int) -> dict[str, dict[str, float]]:
@@ -108,11 +109,12 @@ def chosen(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 class Layer:
     """One layer of experts over R CPU devices: value and gradients, by the kind of rows."""
 
-    def __init__(self, ranks: int, experts: int, features: int, hidden: int, tokens: int):
+    def __init__(self, routed: Routed, capacity: int, features: int, hidden: int):
         import jax
 
         rng = np.random.default_rng(1)
-        self.ranks, self.experts = ranks, experts
+        ranks, tokens, experts = routed.scores.shape
+        self.experts, self.capacity = experts, capacity
         self.mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:ranks]), ("expert",))
         shapes = {"wi": (experts, features, 2, hidden), "wo": (experts, hidden, features)}
         self.kernels = {
@@ -130,7 +132,13 @@ class Layer:
         from jax_fusco.flax.experts import ACTIVATIONS, expert_ffn
 
         def local(kernels: Any, x: Any, ids: Any, weights: Any) -> Any:
-            plan: Any = jf.make_plan(ids, axis_name="expert", num_experts=self.experts, rows=kind)
+            plan: Any = jf.make_plan(
+                ids,
+                axis_name="expert",
+                num_experts=self.experts,
+                capacity=self.capacity,
+                rows=kind,
+            )
             rows = jf.dispatch(x, plan, padding="undefined")
             index, outside = {}, weights
             if kind == "token":
@@ -196,6 +204,16 @@ def describe(ids: np.ndarray, experts: int) -> dict[str, Any]:
     }
 
 
+def fullest(cases: dict[str, dict[str, Any]]) -> int:
+    """The most assignments that any rank gets in any case: the room that one program needs."""
+
+    def most(ids: np.ndarray, slots: np.ndarray) -> int:
+        local = len(slots) // ids.shape[0]
+        return int(np.bincount(ids[ids >= 0] // local).max())
+
+    return max(most(case["ids"], case["slots"]) for case in cases.values())
+
+
 def compare(layer: Layer, cases: dict[str, dict[str, Any]]) -> None:
     """Both kinds of rows give the same, and so does what was only moved, but for rounding."""
     import jax
@@ -221,19 +239,23 @@ def compare(layer: Layer, cases: dict[str, dict[str, Any]]) -> None:
 
 
 def times(layer: Layer, cases: dict[str, dict[str, Any]], repeats: int) -> None:
-    """Adds the milliseconds of every case and kind of rows, taken in turn."""
+    """Adds the milliseconds of every case and kind of rows, taken in turn: by the clock, and of the
+    processors, which other programs of the machine disturb less.
+    """
     import jax
     from tqdm import tqdm
 
     for case in cases.values():
-        case["milliseconds"] = {kind: [] for kind in KINDS}
+        for name in TIMES:
+            case[name] = {kind: [] for kind in KINDS}
     turns = [(case, kind) for case in cases.values() for kind in KINDS]
     for n in tqdm(range(-1, repeats), desc="layer"):
         for case, kind in turns[:: 1 if n % 2 else -1]:  # nobody always follows the same one
-            start = time.perf_counter()
+            start = [clock() for clock in TIMES.values()]
             jax.block_until_ready(layer.programs[kind](*case["arguments"]))
-            if n >= 0:
-                case["milliseconds"][kind].append((time.perf_counter() - start) * 1e3)
+            for (name, clock), before in zip(TIMES.items(), start, strict=True):
+                if n >= 0:
+                    case[name][kind].append((clock() - before) * 1e3)
 
 
 def study(
@@ -241,8 +263,8 @@ def study(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """(facts, cases): what each case sends, how long it takes, and what was planted."""
     ranks, tokens, experts = routed.scores.shape
-    layer = Layer(ranks, experts, features, hidden, tokens)
     cases = cases_of(routed)
+    layer = Layer(routed, fullest(cases), features, hidden)
     for case in cases.values():
         case["arguments"] = layer.arguments(case["ids"], case["weights"], case["slots"])
     compare(layer, cases)
@@ -256,7 +278,7 @@ def study(
         name: {
             "moved": bool(moved[name]),
             **describe(case["ids"], experts),
-            "milliseconds": case["milliseconds"],
+            **{kept: case[kept] for kept in TIMES},
         }
         for name, case in cases.items()
     }

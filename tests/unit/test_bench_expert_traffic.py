@@ -65,7 +65,8 @@ def test_experts_without_structure_stay(bench):
 
 def test_results_that_differ_end_it(bench):
     routed = bench.layer.drawn("planted", 2, 16, experts=4, k=2)
-    layer, cases = bench.layer.Layer(2, 4, 8, 4, 16), bench.layer.cases_of(routed)
+    cases = bench.layer.cases_of(routed)
+    layer = bench.layer.Layer(routed, bench.layer.fullest(cases), 8, 4)
     for case in cases.values():
         case["arguments"] = layer.arguments(case["ids"], case["weights"], case["slots"])
     bench.layer.compare(layer, cases)
