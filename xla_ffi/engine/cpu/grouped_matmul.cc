@@ -550,7 +550,7 @@ Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
                               : scratch.c.Get(kTileRows * kTileColumns);
     const int64_t stride = in_place ? call.kernel_columns : columns;
     const int64_t step = rows.direct() && g.direct() ? size : kTileDepth;
-    const bool suited = Suits(products, size, rows.direct() ? g : rows);
+    const bool suited = Suits(products, size, rows);
     for (int64_t k = 0; suited && k < size; k += kTileDepth) {
       const int64_t part = std::min(kTileDepth, size - k);
       const int64_t words = (part + products->per_word - 1) / products->per_word;
