@@ -9,6 +9,7 @@ freed memory.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import statistics
 import sys
@@ -81,9 +82,7 @@ def programs(spec: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 def main(repeats: int, file: Path | None, **spec: Any) -> None:
     """Milliseconds, medians of rounds in which each way has its turn."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from train_moe_lm import start_cpu_devices
-
-    start_cpu_devices(spec["devices"])
+    importlib.import_module("train_moe_lm").start_cpu_devices(spec["devices"])
     ways = programs(spec)
     values = {name: float(way()[0]) for name, way in ways.items()}
     if spec["capacity_factor"]:
