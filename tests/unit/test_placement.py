@@ -257,6 +257,18 @@ def test_replicas():
     assert after.load_max_over_mean < plain.predict(stats).after.load_max_over_mean - 0.02
 
 
+def test_predicted_replicas_are_the_nearest_and_take_turns():
+    """Tokens of experts 2 and 3, which lie on ranks 2, 3 and on ranks 1, 2, 3."""
+    slots = [0, 1, 3, 0, 2, 3, 2, 3]
+    placement = Placement.of_slots(slots, num_experts=4, num_ranks=4)
+    after = placement.predict(stats_of(np.tile([2, 3], (2400, 1)), 4)).after
+    # From rank 0 they meet in two turns of six, from rank 1 never, from ranks 2 and 3 always.
+    np.testing.assert_allclose(after.ranks, (2 - 1 / 3 + 2 + 1 + 1) / 4, rtol=1e-3)
+    # Rank 0 sends 1/2 and 1/3 of its tokens' assignments to each, rank 1 keeps one of its two.
+    load = np.array([0, 1 / 3 + 1, 1 / 2 + 1 / 3 + 1 / 2 + 2, 1 / 2 + 1 / 3 + 1 / 2 + 2])
+    np.testing.assert_allclose(after.load, load.max() / load.mean(), rtol=1e-6)
+
+
 def test_bytes_by_link_as_the_ledger_counts_them():
     ids = unstructured(0, 8 * 3000, 3, 16)
     placement = Placement.identity(16, 8, ranks_per_node=4)
