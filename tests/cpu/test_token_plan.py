@@ -103,6 +103,20 @@ def test_what_finds_no_room_is_counted_once(implementation):
         assert plan.rows.source.shape == (4, min(capacity, 4 * TOKENS))
 
 
+def test_weights_of_assignments():
+    """Expert-major, groups padded: zero where there is no assignment, forward and backward."""
+    ids = jnp.asarray([[1, 0], [0, -1], [1, -1]], jnp.int32)
+    plan = jf.make_plan(ids, axis_name=None, num_experts=2, rows="token", alignment=3, capacity=8)
+    weights = jnp.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    there = [2, 3, 0, 1, 5, 0, 0, 0]
+    np.testing.assert_array_equal(plan.local_weights(weights), there)
+    gradient = jax.grad(lambda weights: plan.local_weights(weights) @ jnp.arange(1.0, 9.0))
+    np.testing.assert_array_equal(gradient(weights), [[4, 1], [2, 0], [5, 0]])
+    # Together with rows, whose tail nobody fills.
+    _, here = jf.dispatch((jnp.ones((3, 4)), weights), plan, padding="undefined")
+    np.testing.assert_array_equal(plan.weights_of(here), there)
+
+
 def layer(make_plan, x, ids, weights, first, second, **options):
     """Two products with an expert's matrices, a token's row shared by the experts of a rank."""
     plan = make_plan(ids, num_experts=EXPERTS, rows="token", **options)
