@@ -27,7 +27,8 @@ import numpy as np
 # Two levels (partial sums cross in bfloat16, or in float32); implementation="xla" without a
 # topology; and all-gather, local select, reduce-scatter.
 WAYS = ("two levels", "two levels, float32 back", "flat xla", "ring")
-OPS = ("plan", "dispatch", "forward", "train")
+# forward: plan, dispatch, combine; moves: dispatch and combine, by a plan that was made before.
+OPS = ("plan", "dispatch", "moves", "forward", "train")
 
 
 def launch(processes: int, devices: int, arguments: list[str]) -> int:
@@ -100,7 +101,6 @@ class Shuffle:
 
     def program(self, way: str, op: str) -> Any:
         import jax
-        import jax.numpy as jnp
 
         import jax_fusco as jf
 
@@ -129,7 +129,7 @@ class Shuffle:
 
         def local(x: Any, ids: Any, weights: Any) -> Any:
             if op == "plan":
-                return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(make_plan(ids)))[None]
+                return jax.tree.map(lambda leaf: leaf[None], make_plan(ids))
             if op == "dispatch":
                 if way == "ring":
                     return self.ring.dispatch(x, self.ring.plan(ids))
@@ -139,10 +139,20 @@ class Shuffle:
             out, pull = jax.vjp(lambda x, weights: forward(x, ids, weights), x, weights)
             return pull(out)
 
+        def moves(x: Any, plan: jf.Plan, weights: Any) -> Any:
+            plan = jax.tree.map(lambda leaf: leaf[0], plan)
+            return jf.combine(jf.dispatch(x, plan), weights, plan)
+
         mapped = jax.shard_map(
-            local, mesh=self.mesh, in_specs=self.spec, out_specs=self.spec, check_vma=False
+            moves if op == "moves" else local,
+            mesh=self.mesh,
+            in_specs=self.spec,
+            out_specs=self.spec,
+            check_vma=False,
         )
-        return partial(jax.jit(mapped), *self.operands)
+        x, ids, weights = self.operands
+        given = self.program(way, "plan")() if op == "moves" else ids
+        return partial(jax.jit(mapped), x, given, weights)
 
 
 def compare(shuffle: Shuffle, ways: list[str]) -> None:
@@ -171,7 +181,9 @@ def times(shuffle: Shuffle, ways: list[str], repeats: int) -> dict[str, dict[str
     from tqdm import tqdm
 
     found: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
-    cases = [(op, way) for op in OPS for way in ways if way != "ring" or op in OPS[1:3]]
+    cases = [
+        (op, way) for op in OPS for way in ways if way != "ring" or op in ("dispatch", "forward")
+    ]
     programs = {case: shuffle.program(case[1], case[0]) for case in cases}
     rounds = [(n, case) for n in range(-1, repeats) for case in cases]
     for n, (op, way) in tqdm(rounds, disable=jax.process_index() != 0):
@@ -230,9 +242,12 @@ def main(processes: int, devices: int, out: Path | None, **sizes: int) -> None:
         return
     title = f"{processes} processes x {devices} devices x {sizes['tokens']} tokens, median"
     report(found, title)
-    forward = statistics.median(found["two levels"]["forward"])
-    planned = statistics.median(found["two levels"]["plan"])
-    print(f"planning takes {100 * planned / forward:.1f} % of dispatch and combine")
+    middle = {op: statistics.median(times) for op, times in found["two levels"].items()}
+    alone, part = middle["plan"], middle["forward"] - middle["moves"]
+    print(
+        f"planning takes {100 * alone / middle['forward']:.1f} % of plan, dispatch and combine in "
+        f"a call of its own, {100 * part / middle['forward']:.1f} % within one"
+    )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         record = {
