@@ -470,8 +470,7 @@ def both_plans(case):
     return sharded(run, mesh, in_specs=spec, out_specs=spec)
 
 
-# One node needs no crossing.
-@pytest.mark.parametrize("case", [i for i, case in enumerate(CASES) if case[0].get("node") != 1])
+@pytest.mark.parametrize("case", [1, 2, 3, 5, 8, 10])  # where plans differ; one node needs none
 @given(data=st.data())
 @hypothesis.settings(max_examples=12)
 def test_plans_from_movers_are_those_of_the_engine(case, data):

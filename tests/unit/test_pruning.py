@@ -74,6 +74,24 @@ def case(seed, k=4, experts=16, ranks=4, local=2, tokens=40, holes=True):
     return ids, weights, scores, placement, np.asarray(jf.router_similarity(logits))
 
 
+@functools.cache
+def limiter(most, nodes, similar, renormalize):
+    def run(ids, weights, scores, placement, similarity):
+        return jf.limit_ranks(
+            ids,
+            weights,
+            scores,
+            placement,
+            max_ranks=most,
+            max_nodes=nodes,
+            renormalize=renormalize,
+            method="similarity" if similar else "router",
+            similarity=similarity if similar else None,
+        )
+
+    return jax.jit(run)
+
+
 @settings(max_examples=25)
 @given(
     st.integers(0, 2**32 - 1),
@@ -85,17 +103,8 @@ def case(seed, k=4, experts=16, ranks=4, local=2, tokens=40, holes=True):
 def test_against_literal_loops(seed, most, nodes, similar, renormalize):
     ids, weights, scores, placement, similarity = case(seed)
     options = {"similarity": similarity} if similar else {}
-    limited = jax.jit(
-        functools.partial(
-            jf.limit_ranks,
-            max_ranks=most,
-            max_nodes=nodes,
-            renormalize=renormalize,
-            method="similarity" if similar else "router",
-            **options,
-        )
-    )
-    new_ids, new_weights = limited(ids, weights, scores, placement)
+    run = limiter(most, nodes, similar, renormalize)
+    new_ids, new_weights = run(ids, weights, scores, placement, similarity)
     want = literal(ids, weights, scores, placement, most, nodes, renormalize=renormalize, **options)
     np.testing.assert_array_equal(new_ids, want[0])
     np.testing.assert_allclose(new_weights, want[1], rtol=1e-5, atol=1e-6)
