@@ -54,9 +54,7 @@ const int32_t* ChainOrNull(const Buffer& chain) {
 }
 
 // Whether so many of anything are counted by int32.
-bool IsCapacity(int64_t count) {
-  return count >= 0 && count <= std::numeric_limits<int32_t>::max();
-}
+bool FitsInt32(int64_t count) { return count >= 0 && count <= std::numeric_limits<int32_t>::max(); }
 
 bool SameRow(const Buffer& a, const Buffer& b) {
   return a.dimensions().size() == b.dimensions().size() && a.dimensions().size() >= 1 &&
@@ -137,14 +135,13 @@ Status Signature<PlanCall>::Read(int64_t num_ranks, Buffer expert_ids, Result si
   PlanShape& shape = call->shape;
   shape = {num_ranks,   Dim(expert_ids, 0), Dim(expert_ids, 1),
            num_experts, Dim(*source, 0),    alignment};
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   checks.Require(alignment >= 1, "alignment must be at least 1");
   checks.Require(num_ranks >= 1 && num_experts >= 1 && num_experts % num_ranks == 0,
                  "num_experts must be a multiple of num_ranks");
   if (!checks.ok()) return checks.status();
   checks.Require(IsInts(expert_ids, {shape.tokens, shape.k}), "expert_ids must be int32 [T, k]");
-  checks.Require(num_ranks * shape.assignments() <= kMax && num_experts <= kMax &&
-                     shape.capacity <= kMax && alignment <= kMax,
+  checks.Require(FitsInt32(num_ranks * shape.assignments()) && FitsInt32(num_experts) &&
+                     FitsInt32(shape.capacity) && FitsInt32(alignment),
                  "the assignments of a group and its capacity must fit in int32");
   checks.Require(
       IsInts(*slot, {shape.tokens, shape.k}) && IsInts(*slot_rank, {shape.tokens, shape.k}),
@@ -357,7 +354,7 @@ Status Signature<CrossingLayOutCall>::Read(int64_t /*num_ranks*/, Buffer wanted,
                  "wanted must be int32 [N, L * E_local + 4], granted [N, L, 2, E_local]");
   checks.Require(IsInts(*sizes, {experts}) && IsInts(*counts, {experts}) && IsInts(*dropped, {}),
                  "group_sizes and expert_counts must be int32 [E_local], num_dropped []");
-  checks.Require(IsCapacity(capacity) && IsCapacity(alignment) && alignment >= 1,
+  checks.Require(FitsInt32(capacity) && FitsInt32(alignment) && alignment >= 1,
                  "capacity must lie in [0, 2**31) and alignment in [1, 2**31)");
   if (!checks.ok()) return checks.status();
   call->wanted = Ints(wanted);
@@ -385,8 +382,8 @@ Status Signature<CrossingPlaceCall>::Read(int64_t num_ranks, Buffer node, Buffer
   checks.Require(num_ranks >= 1 && IsInts(node, {}) && IsInts(expert_ids, {tokens, k}) &&
                      IsInts(granted, {nodes, num_ranks, 2, shape.experts_per_rank}),
                  "node must be int32 [], expert_ids [T, k], granted [N, L, 2, E_local]");
-  checks.Require(IsCapacity(capacity) && IsCapacity(num_ranks * capacity) &&
-                     IsCapacity(num_ranks * tokens) && IsCapacity(nodes * tokens * (k + 1)),
+  checks.Require(FitsInt32(capacity) && FitsInt32(num_ranks * capacity) &&
+                     FitsInt32(num_ranks * tokens) && FitsInt32(nodes * tokens * (k + 1)),
                  "the rows and assignments of a node must be fewer than 2**31");
   checks.Require(IsInts(*slot, {tokens, k}) && IsInts(*slot_rank, {tokens, k}) &&
                      IsInts(*owner_node, {tokens, k}) && IsInts(*pack_rank, {nodes, tokens}) &&
@@ -426,8 +423,8 @@ Status Signature<CrossingDeliverCall>::Read(int64_t num_ranks, Buffer letters, B
   checks.Require(num_ranks >= 1 && tokens >= 0 && k >= 0 &&
                      IsInts(letters, {nodes, tokens + 1, k + 1}) && IsInts(sizes, {Dim(sizes, 0)}),
                  "letters must be int32 [N, T + 1, k + 1], group_sizes [E_local]");
-  checks.Require(IsCapacity(num_ranks * shape.capacity) && IsCapacity(num_ranks * tokens) &&
-                     IsCapacity(nodes * tokens * (k + 1)),
+  checks.Require(FitsInt32(num_ranks * shape.capacity) && FitsInt32(num_ranks * tokens) &&
+                     FitsInt32(nodes * tokens * (k + 1)),
                  "the rows and assignments of a node must be fewer than 2**31");
   checks.Require(
       IsInts(*deliver_rank, {nodes, tokens, k}) && IsInts(*deliver_slot, {nodes, tokens, k}) &&
