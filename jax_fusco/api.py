@@ -120,7 +120,7 @@ def make_plan(
     alignment = whole("alignment", alignment, 1)
     experts_per_rank(num_experts, axis.size)
     if placement is not None:
-        replicas.check(placement, num_experts, axis)
+        replicas.check(placement, num_experts, axis.size)
         num_experts = placement.num_slots * axis.size
     tokens, k = ids.shape
     if capacity is None:

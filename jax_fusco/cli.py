@@ -176,6 +176,11 @@ def bench_grouped_matmul(
 @click.option("--num-experts", type=click.IntRange(1), help="If the file does not say.")
 @click.option("--slice-rows", type=click.IntRange(1), help="Rows of a slice; default: tokens / 16.")
 @click.option(
+    "--placement",
+    type=click.Path(path_type=pathlib.Path),
+    help="placement.json: where the experts lie, and their replicas.",
+)
+@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=pathlib.Path),
     help="Folder for ledger.json and ledger.png; without it nothing is written.",
@@ -186,6 +191,7 @@ def ledger(
     row_bytes: int,
     num_experts: int | None,
     slice_rows: int | None,
+    placement: pathlib.Path | None,
     out: pathlib.Path | None,
 ) -> None:
     """Count the bytes that a routing moves inside ranks, inside nodes and between nodes.
@@ -196,6 +202,7 @@ def ledger(
 
     from jax_fusco import ledger_report
     from jax_fusco.ledger import ledger as count
+    from jax_fusco.placement import Placement
 
     try:
         ids, experts = _read_routing(routing, num_experts, ranks_per_node, "--ranks-per-node")
@@ -205,6 +212,7 @@ def ledger(
             num_experts=experts,
             row_bytes=row_bytes,
             slice_rows=slice_rows,
+            placement=None if placement is None else Placement.from_file(placement),
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from None

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_fusco import rails
+from jax_fusco import rails, replicas
+from jax_fusco.placement import Placement
 from jax_fusco.plan import experts_per_rank, whole
 from jax_fusco.topology import Topology
 
@@ -86,6 +87,7 @@ def ledger(
     row_bytes: int,
     slice_rows: int | None = None,
     axis_sizes: Mapping[str, int] | None = None,
+    placement: Placement | None = None,
 ) -> Ledger:
     """Counts what a routing moves over each class of link.
 
@@ -96,6 +98,8 @@ def ledger(
       row_bytes: bytes of one token's row.
       slice_rows: rows of each slice that a rail sends to each node; None: `ceil(T / 16)`.
       axis_sizes: `mesh.shape`.
+      placement: where the experts lie, as for `make_plan`; of replicas it counts those that a plan
+        chooses.
 
     Raises:
       TypeError, ValueError: an argument's type or value, named in the message.
@@ -114,7 +118,15 @@ def ledger(
         )
     num_experts = whole("num_experts", num_experts, 1)
     row_bytes = whole("row_bytes", row_bytes, 1)
-    here = experts_per_rank(num_experts, nodes * local)
+    num_invalid = int(((ids < -1) | (ids >= num_experts)).sum())
+    if placement is None:
+        here = experts_per_rank(num_experts, nodes * local)
+    else:
+        replicas.check(placement, num_experts, nodes * local)
+        here = placement.num_slots
+        ids = np.stack(
+            [replicas.slots_of_rank(placement, own, rank, local) for rank, own in enumerate(ids)]
+        )
     if slice_rows is None:
         slice_rows = max(1, -(-ids.shape[1] // 16))
     slice_rows = whole("slice_rows", slice_rows, 1)
@@ -130,7 +142,7 @@ def ledger(
         rank_rows=int(count.pairs.sum()),
         node_rows=int(count.visits.sum()),
         lower_bound=int(count.visits.sum() - own),
-        num_invalid=int(((ids < -1) | (ids >= num_experts)).sum()),
+        num_invalid=num_invalid,
         ways={
             "flat": _direct(count.pairs, nodes),
             "ring": _ring(nodes, local, ids.shape[1]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-import jax
 import numpy as np
 
 from jax_fusco import replicas
@@ -15,7 +14,6 @@ from jax_fusco.plan import whole
 from jax_fusco.routing_stats import RoutingStats
 
 Array = np.ndarray
-_nearest = jax.jit(replicas.nearest, static_argnums=(1, 3, 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +173,7 @@ def _sources(placement: Placement, sets: Array) -> Iterator[tuple[Array, Array]]
     there, share = np.zeros((len(sets), ranks), bool), np.zeros((experts, ranks))
     for source in range(ranks):
         if placement.has_replicas or not source:
-            order, begin, copies = map(np.asarray, _nearest(slots, experts, source, ranks, local))
+            order, begin, copies = replicas.nearest_slots(placement, source, local)
             near = order[: copies.sum()]
             share = np.zeros_like(share)
             np.add.at(share, (slots[near], near // placement.num_slots), 1 / copies[slots[near]])

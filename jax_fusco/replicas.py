@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_fusco.mesh import Axis, AxisName, checked_axes, expert_axis, unshard, vary
@@ -15,8 +16,8 @@ from jax_fusco.placement import Placement
 Array = jax.Array
 
 
-def check(placement: Placement, num_experts: int, axis: Axis) -> None:
-    """Whether `placement` is one layer's, for so many experts on the ranks of `axis`.
+def check(placement: Placement, num_experts: int, ranks: int) -> None:
+    """Whether `placement` is one layer's, for so many experts on so many ranks.
 
     Raises:
       TypeError, ValueError: it is not.
@@ -26,9 +27,9 @@ def check(placement: Placement, num_experts: int, axis: Axis) -> None:
             f"placement: got {type(placement).__name__}, need a jax_fusco.Placement or None"
         )
     _check_layer(placement)
-    if placement.num_ranks != axis.size:
+    if placement.num_ranks != ranks:
         raise ValueError(
-            f"placement: got one for {placement.num_ranks} ranks, need one for the {axis.size} "
+            f"placement: got one for {placement.num_ranks} ranks, need one for the {ranks} "
             "ranks here"
         )
     if placement.num_experts != num_experts:
@@ -37,9 +38,9 @@ def check(placement: Placement, num_experts: int, axis: Axis) -> None:
             "placement"
         )
     slots = placement.expert_of_slot.shape[0]
-    if slots < num_experts or slots % axis.size:
+    if slots < num_experts or slots % ranks:
         raise ValueError(
-            f"placement: got {slots} slots, need those of all {axis.size} ranks (into shard_map by "
+            f"placement: got {slots} slots, need those of all {ranks} ranks (into shard_map by "
             "PartitionSpec())"
         )
 
@@ -92,6 +93,32 @@ def nearest(
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     copies = jnp.zeros(experts, jnp.int32).at[expert].add(1, mode="drop")
     return order, jnp.cumsum(copies, dtype=jnp.int32) - copies, copies
+
+
+_nearest = jax.jit(nearest, static_argnums=(1, 3, 4))
+
+
+def slots_of_rank(
+    placement: Placement, ids: np.ndarray, rank: int, ranks_per_node: int
+) -> np.ndarray:
+    """`slots_of` in NumPy, for the assignments `[T, k]` of one rank; -1 for ids outside [0, E)."""
+    found = np.full(ids.shape, -1, np.int32)
+    known = (ids >= 0) & (ids < placement.num_experts)
+    expert = ids[known]
+    by_expert = np.argsort(expert, kind="stable")
+    number = np.bincount(expert, minlength=placement.num_experts)
+    turn = np.empty(expert.size, np.int64)
+    turn[by_expert] = np.arange(expert.size) - np.repeat(np.cumsum(number) - number, number)
+    order, begin, copies = nearest_slots(placement, rank, ranks_per_node)
+    found[known] = order[begin[expert] + (turn + rank) % copies[expert]]
+    return found
+
+
+def nearest_slots(placement: Placement, rank: int, ranks_per_node: int) -> tuple[np.ndarray, ...]:
+    """`nearest` in NumPy, outside of jit."""
+    slots, experts = np.asarray(placement.expert_of_slot), placement.num_experts
+    found = _nearest(slots, experts, rank, placement.num_ranks, ranks_per_node)
+    return tuple(map(np.asarray, found))
 
 
 def _turns(implementation: str, ids: Array, expert: Array, experts: int) -> Array:

@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import numpy as np
+import oracle
 import pytest
 from click.testing import CliRunner
 
@@ -209,6 +210,48 @@ def test_command(tmp_path: pathlib.Path):
     done = run(tmp_path / "routing.npz", "--ranks-per-node", 2, "--row-bytes", 64)
     assert done.exit_code == 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("nodes", "local"), SHAPES)
+def test_placements_are_what_plans_make_of_them(nodes, local, tmp_path):
+    """Crowded experts with copies on some ranks, absent ids and one that is no expert's."""
+    ids, experts = routing(nodes, local, tokens=23)
+    ids = np.where(ids >= 0, ids**2 // experts, ids)
+    ids[-1, -1, 0] = 3 * experts
+    ranks = nodes * local
+    rng = np.random.default_rng(1)
+    slots = rng.permutation([*range(experts), *rng.integers(0, 3, ranks)])
+    placement = jf.Placement.of_slots(slots, num_experts=experts, num_ranks=ranks)
+    rows = {"row_bytes": 8, "slice_rows": 3}
+    found = jf.ledger(ids, (nodes, local), num_experts=experts, placement=placement, **rows)
+    want = oracle.place(ids, slots, experts, local)
+    want = jf.ledger(want, (nodes, local), num_experts=len(slots), **rows)
+    assert found.num_invalid == want.num_invalid == 1
+    assert ledger_report.document(found) == ledger_report.document(want)
+    np.savez(tmp_path / "routing.npz", expert_ids=ids, num_experts=experts)
+    placement.save(tmp_path / "placement.json")
+    command = [tmp_path / "routing.npz", "--ranks-per-node", local, "--row-bytes", 8]
+    command += ["--slice-rows", 3, "--placement", tmp_path / "placement.json"]
+    done = run(*command, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert written == ledger_report.document(want)
+
+
+def test_placements_that_do_not_fit(tmp_path):
+    ids, experts = routing(2, 2)
+    other = jf.Placement.identity(experts, 2)
+    message = "placement: got one for 2 ranks, need one for the 4 ranks here"
+    with pytest.raises(ValueError, match=message):
+        jf.ledger(ids, (2, 2), num_experts=experts, row_bytes=1, placement=other)
+    np.savez(tmp_path / "routing.npz", expert_ids=ids, num_experts=experts)
+    other.save(tmp_path / "placement.json")
+    command = tmp_path / "routing.npz", "--ranks-per-node", 2, "--row-bytes", 8, "--placement"
+    done = run(*command, tmp_path / "placement.json")
+    assert (done.exit_code, done.output) == (1, f"Error: {message}\n")
+    done = run(*command, tmp_path / "routing.npz")
+    assert done.exit_code == 1
+    assert "need a JSON file that Placement.save wrote" in done.output
 
 
 NEED = "need an npz file with integer expert_ids [ranks, tokens, experts per token]"
