@@ -162,7 +162,7 @@ def main(
     record = {
         "command": f"python benchmarks/expert_traffic.py {' '.join(sys.argv[1:])}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.platform(),
+        "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "tokens": tokens,

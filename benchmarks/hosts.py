@@ -253,7 +253,7 @@ def main(processes: int, devices: int, out: Path | None, **sizes: int) -> None:
         record = {
             "command": f"python benchmarks/hosts.py {' '.join(sys.argv[1:])}",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": platform.platform(),
+            "machine": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
             "jax": jax.__version__,
             "processes": processes,

@@ -44,7 +44,7 @@ def programs(spec: dict[str, Any]) -> dict[str, Callable[[], Any]]:
             spec["expert_width"],
             num_experts=spec["experts"],
             top_k=spec["top_k"],
-            capacity_factor=spec["capacity_factor"] or None,
+            capacity_factor=spec["capacity_factor"],
             mesh=mesh,
             rows=rows,
             rngs=nnx.Rngs(0),
@@ -76,7 +76,7 @@ def programs(spec: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 @click.option("--top-k", type=click.IntRange(1), default=2)
 @click.option("--width", type=click.IntRange(1), default=128)
 @click.option("--expert-width", type=click.IntRange(1), default=192)
-@click.option("--capacity-factor", type=click.FloatRange(0), default=1.25)
+@click.option("--capacity-factor", type=click.FloatRange(0, min_open=True), default=1.25)
 @click.option("--repeats", type=click.IntRange(1), default=9)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Appends what it found.")
 def main(repeats: int, file: Path | None, **spec: Any) -> None:
@@ -85,8 +85,7 @@ def main(repeats: int, file: Path | None, **spec: Any) -> None:
     importlib.import_module("train_moe_lm").start_cpu_devices(spec["devices"])
     ways = programs(spec)
     values = {name: float(way()[0]) for name, way in ways.items()}
-    if spec["capacity_factor"]:
-        del values["token"]  # it drops other assignments where a buffer is full
+    del values["token"]  # it drops other assignments where a buffer is full
     assert np.ptp(list(values.values())) < 1e-5 * max(values.values()), values
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):

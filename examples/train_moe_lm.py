@@ -239,7 +239,8 @@ def command(**chosen: Any) -> None:
     --distributed.
     """
     check(chosen)
-    chosen["capacity_factor"] = chosen["capacity_factor"] or None
+    if chosen.pop("dropless"):
+        chosen["capacity_factor"] = None
     try:
         signal_name = run(chosen)
     except DataError as error:

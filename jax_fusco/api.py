@@ -199,7 +199,7 @@ def dispatch(
     leaves, tree = jax.tree.flatten(x)
     rows = tuple(_array("x", leaf) for leaf in leaves)
     for leaf in rows:
-        _check_payload("x", leaf, "tokens", plan.slot.shape[0])
+        _check_payload("x", leaf, "token of expert_ids", plan.slot.shape[0])
     if not rows:
         return x
     call = movers.Call(plan.implementation, axis, zero_tail=padding == "zero")
@@ -246,12 +246,15 @@ def combine(
       TypeError, ValueError: an argument's type or value, named in the message.
     """
     if isinstance(plan, TokenPlan) and weights is not None:
-        raise ValueError("weights: got an array, need None: use plan.local_weights before")
+        raise ValueError(
+            "weights: got an array, need None with a TokenPlan, whose plan.local_weights(weights) "
+            "are the merge_weights of grouped_matmul"
+        )
     plan, axis = _plan_of_rows(plan)
     y = _array("y", y)
     _check_floating("y", y.dtype)
-    _check_payload("y", y, "buffer rows", plan.capacity)
-    out_dtype = jnp.dtype(y.dtype if out_dtype is None else out_dtype)
+    _check_payload("y", y, "row that dispatch gave", plan.capacity)
+    out_dtype = _dtype("out_dtype", y.dtype if out_dtype is None else out_dtype)
     _check_floating("out_dtype", out_dtype)
     # Narrower formats are summed, like all others, in float32.
     wide = y if movers.is_summable(y.dtype) else y.astype(jnp.float32)
@@ -350,7 +353,8 @@ def _plan_of_rows(plan: Plan | TokenPlan) -> tuple[Plan, Axis]:
     if isinstance(plan, TokenPlan):
         plan = plan.rows
     if not isinstance(plan, Plan):
-        raise TypeError(f"plan: got {type(plan).__name__}, need a jax_fusco.Plan")
+        got = "an array" if isinstance(plan, jax.Array) else type(plan).__name__
+        raise TypeError(f"plan: got {got}, need the jax_fusco.Plan that make_plan returned")
     axis = expert_axis(plan.axis_name)
     if axis.size != plan.num_ranks:
         raise ValueError(
@@ -366,6 +370,13 @@ def _array(name: str, value: Any) -> jax.Array:
         raise TypeError(f"{name}: got {type(value).__name__}, need an array") from error
 
 
+def _dtype(name: str, value: Any) -> Any:
+    try:
+        return jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, need a dtype") from None
+
+
 def _check_floating(name: str, dtype: Any) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: got dtype {dtype}, need a floating dtype")
@@ -378,7 +389,9 @@ def _check_payload(name: str, x: jax.Array, rows: str | None, number: int | None
     if extended or packed or x.dtype.itemsize not in (1, 2, 4, 8):
         raise TypeError(f"{name}: got dtype {x.dtype}, need one of 1, 2, 4 or 8 bytes")
     if not x.ndim or (number is not None and x.shape[0] != number):
-        need = "rows along a leading dimension" if rows is None else f"{number} {rows} in front"
+        need = "rows along a leading dimension"
+        if rows is not None:
+            need = f"{number} rows in its first dimension, one for each {rows}"
         raise ValueError(f"{name}: got shape {x.shape}, need {need}")
 
 

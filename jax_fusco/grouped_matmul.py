@@ -67,7 +67,12 @@ def grouped_matmul(
     """
     rows, kernel = _array("rows", rows), _array("kernel", kernel)
     _check_matrices(rows, kernel)
-    sizes = _index("group_sizes", group_sizes, kernel.shape[0], "of the kernel's groups")
+    sizes = _index("group_sizes", group_sizes, None, "for each group")
+    if sizes.shape[0] != kernel.shape[0]:
+        raise ValueError(
+            f"kernel: got {kernel.shape[0]} groups, need {sizes.shape[0]} as group_sizes has "
+            "(inside jax.shard_map those of this rank's experts)"
+        )
     if source is not None:
         source = _index("source", source, None, "for each assignment")
     count = rows.shape[0] if source is None else source.shape[0]
@@ -169,7 +174,7 @@ def _index(name: str, value: Any, count: int | None, what: str) -> jax.Array:
     if array.dtype != jnp.int32:
         raise TypeError(f"{name}: got dtype {array.dtype}, need int32")
     if array.ndim != 1 or (count is not None and array.shape[0] != count):
-        need = "one entry" if count is None else f"{count} entries, one"
+        need = "one dimension, one entry" if count is None else f"{count} entries, one"
         raise ValueError(f"{name}: got shape {array.shape}, need {need} {what}")
     return array
 

@@ -120,6 +120,13 @@ def bits(number: int) -> int:
     return max(number - 1, 0).bit_length()
 
 
+def check_factor(name: str, factor: object) -> None:
+    """Whether `factor` is a finite number above 0, else a ValueError."""
+    number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not (number and 0 < factor < math.inf):
+        raise ValueError(f"{name}: got {factor!r}, need a finite number above 0")
+
+
 def experts_per_rank(num_experts: int, num_ranks: int) -> int:
     """E_local; ValueError where the ranks do not divide the experts."""
     if num_experts % num_ranks:
@@ -175,12 +182,7 @@ def capacity(
     num_ranks = whole("num_ranks", num_ranks, 1)
     num_experts = whole("num_experts", num_experts, 1)
     alignment = whole("alignment", alignment, 1)
-    if (
-        isinstance(factor, bool)
-        or not isinstance(factor, int | float)
-        or not 0 <= factor < math.inf
-    ):
-        raise ValueError(f"factor: got {factor!r}, need a finite number of at least 0")
+    check_factor("factor", factor)
     dropless = dropless_capacity(tokens_per_rank, k, num_experts, num_ranks, alignment)
     padding = experts_per_rank(num_experts, num_ranks) * (alignment - 1)
     return min(dropless, math.ceil(factor * tokens_per_rank * k) + padding)

@@ -151,7 +151,9 @@ def sum_replicas(placement: Placement, gradients: Any, axis_name: AxisName) -> A
     leaves = list(map(jnp.asarray, leaves))
     for leaf in leaves:
         if not leaf.ndim or leaf.shape[0] != here:
-            raise ValueError(f"gradients: got shape {leaf.shape}, need {here} slots in front")
+            raise ValueError(
+                f"gradients: got shape {leaf.shape}, need {here} slots in its first dimension"
+            )
     if not placement.has_replicas or not leaves:
         return gradients
     group, number = _groups(placement)

@@ -15,7 +15,7 @@ STEPS = 60
 TINY = [
     *("--layers=1", "--width=32", "--heads=2", "--experts=8", "--expert-width=32", "--dropout=0.1"),
     *("--context=32", "--batch=8", "--eval-every=20", "--eval-batches=1", "--sample-bytes=24"),
-    *("--warmup=4", "--learning-rate=0.01", "--capacity-factor=0", "--max-minutes=0"),
+    *("--warmup=4", "--learning-rate=0.01", "--dropless", "--max-minutes=0"),
     f"--steps={STEPS}",
 ]
 

@@ -86,10 +86,11 @@ _OPTIONS = [
     ),
     click.option(
         "--capacity-factor",
-        type=NOT_NEGATIVE,
+        type=POSITIVE,
         default=1.25,
-        help="Receive buffer over an even share; what finds no room drops. 0: room for everything.",
+        help="Receive buffer over an even share; what finds no room drops.",
     ),
+    click.option("--dropless", is_flag=True, help="Room for every routing instead."),
     click.option(
         "--balance-weight",
         type=NOT_NEGATIVE,

@@ -99,7 +99,10 @@ def document(cases: list[dict[str, Any]], command: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """The processor, its cores and the memory, as the system names them."""
-    facts: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+    }
     for path, key, name in (
         ("/proc/cpuinfo", "model name", "processor"),
         ("/proc/meminfo", "MemTotal", "memory"),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jax_fusco.bench import measure
-from jax_fusco.bench.cases import LAYER_SHARE, Case, Fusco, Spec
+from jax_fusco.bench.cases import Case, Fusco, Spec
 from jax_fusco.bench.check import Oracle
 from jax_fusco.bench.limit import CopyLimit
 from jax_fusco.bench.rivals import Shuffle, family_of, rivals_for
@@ -126,12 +126,8 @@ def events(spec: Spec) -> Iterator[Event]:
     worker = Worker(Case(spec))
     yield {"event": "case", "capacity": worker.case.sizes.capacity, "rows": worker.case.kept}
     for op in spec.ops:
-        if op != "layer":
-            yield from worker.run(op)
+        yield from worker.run(op)
     worker.limit.close()
-    if "layer" in spec.ops:
-        fewer = {**vars(spec), "tokens": max(1, spec.tokens // LAYER_SHARE)}
-        yield from Worker(Case(Spec(**fewer))).run("layer")
 
 
 def main() -> None:

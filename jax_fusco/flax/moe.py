@@ -20,7 +20,7 @@ from jax_fusco.flax.metrics import MoEMetrics
 from jax_fusco.flax.router import BalanceBias, Router, SoftmaxRouter
 from jax_fusco.flax.sharding import Entries, Layout, axis_names, resolve, run_sharded
 from jax_fusco.mesh import AxisName
-from jax_fusco.plan import whole
+from jax_fusco.plan import check_factor, whole
 from jax_fusco.topology import Topology
 
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -142,6 +142,8 @@ class MoE(nnx.Module):
         if activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation: got {activation!r}, need one of {known}")
+        if capacity_factor is not None:
+            check_factor("capacity_factor", capacity_factor)
         self.axis_name = axis_name
         self.router = router
         self.activation = activation

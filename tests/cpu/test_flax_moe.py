@@ -514,6 +514,11 @@ def test_undefined_rows_never_spread(
             "axis_name: got 'experts', need an axis of the mesh (data, expert) or None",
         ),
         (
+            {"capacity_factor": 0},
+            ValueError,
+            "capacity_factor: got 0, need a finite number above 0",
+        ),
+        (
             {"rows": "expert"},
             ValueError,
             "rows: got 'expert', need 'assignment', 'token', or None",

@@ -375,7 +375,7 @@ def test_default_is_blas_on_cpu_devices():
     ("changes", "message"),
     [
         ({"sizes": [2, -1]}, "group_sizes[1] is -1, it must be at least 0."),
-        ({"sizes": [2, 9]}, "the groups have 11 rows in all, there are 4."),
+        ({"sizes": [2, 9]}, "group_sizes add up to 11, there are 4 rows."),
         ({"source": [0, 1, 4, 0]}, "source[2] is 4, which does not exist (of 4 rows)."),
         ({"merge": [0, 9, 0, 0]}, "merge[1] is 9, which does not exist (of 2 rows)."),
     ],
@@ -423,13 +423,14 @@ FOUR = jnp.zeros(4, jnp.int32)
         (
             {"group_sizes": FOUR},
             ValueError,
-            "group_sizes: got shape (4,), need 2 entries, one of the kernel's groups",
+            "kernel: got 2 groups, need 4 as group_sizes has (inside jax.shard_map those of this "
+            "rank's experts)",
         ),
         ({"source": ROWS_4}, TypeError, "source: got dtype float32, need int32"),
         (
             {"source": FOUR[:, None]},
             ValueError,
-            "source: got shape (4, 1), need one entry for each assignment",
+            "source: got shape (4, 1), need one dimension, one entry for each assignment",
         ),
         (
             {"merge": FOUR[:3], "num_rows": 2},

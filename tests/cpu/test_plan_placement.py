@@ -475,11 +475,11 @@ def test_errors_of_sum_replicas():
     cases: list[tuple[Any, str]] = [
         (
             lambda: placement.sum_replicas({"w": np.zeros((4, 2))}),
-            "gradients: got shape (4, 2), need 6 slots in front",
+            "gradients: got shape (4, 2), need 6 slots in its first dimension",
         ),
         (
             lambda: placement.sum_replicas(np.float32(1)),
-            "gradients: got shape (), need 6 slots in front",
+            "gradients: got shape (), need 6 slots in its first dimension",
         ),
         (
             lambda: layers.sum_replicas(np.zeros((3, 4))),

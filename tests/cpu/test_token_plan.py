@@ -193,6 +193,6 @@ def test_bad_arguments_are_said():
     plan = jf.make_plan(ids, axis_name=None, num_experts=2, rows="token")
     y, weights = jnp.zeros((plan.capacity, 4)), jnp.zeros((3, 2))
     raises(
-        r"^weights: got an array, need None: use plan.local_weights before$",
+        r"^weights: got an array, need None with a TokenPlan",
         lambda: jf.combine(y, weights, plan),
     )

@@ -15,6 +15,7 @@ import jax_fusco as jf
 RANKS = 4
 IDS = jnp.zeros((6, 2), jnp.int32)
 X = jnp.zeros((6, 5))
+NEED_X = "need 6 rows in its first dimension, one for each token of expert_ids"
 NEED = "need one or more distinct mesh axes"
 
 
@@ -185,9 +186,21 @@ def test_an_axis_without_shard_map():
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (jnp.zeros((5, 3)), ValueError, "x: got shape (5, 3), need 6 tokens in front"),
-        (jnp.zeros(()), ValueError, "x: got shape (), need 6 tokens in front"),
-        ({"a": X, "b": X[:2]}, ValueError, "x: got shape (2, 5), need 6 tokens in front"),
+        (
+            jnp.zeros((5, 3)),
+            ValueError,
+            f"x: got shape (5, 3), {NEED_X}",
+        ),
+        (
+            jnp.zeros(()),
+            ValueError,
+            f"x: got shape (), {NEED_X}",
+        ),
+        (
+            {"a": X, "b": X[:2]},
+            ValueError,
+            f"x: got shape (2, 5), {NEED_X}",
+        ),
         ("rows", TypeError, "x: got str, need an array"),
         (
             jnp.zeros((6, 2), jnp.int4),
@@ -206,7 +219,9 @@ def test_dispatch_x(x, error, message):
 
 
 def test_dispatch_other_arguments():
-    raises(TypeError, "plan: got tuple, need a jax_fusco.Plan", lambda: jf.dispatch(X, (1, 2)))
+    for other, got in (((1, 2), "tuple"), (X, "an array")):
+        message = f"plan: got {got}, need the jax_fusco.Plan that make_plan returned"
+        raises(TypeError, message, lambda: jf.dispatch(X, other))  # noqa: B023
     raises(
         ValueError,
         "padding: got 'nan', need 'zero' or 'undefined'",
@@ -245,7 +260,8 @@ ROWS = 4 * 6 * 2
             None,
             None,
             ValueError,
-            f"y: got shape ({ROWS - 1}, 3), need {ROWS} buffer rows in front",
+            f"y: got shape ({ROWS - 1}, 3), need {ROWS} rows in its first dimension, one for "
+            "each row that dispatch gave",
         ),
         (
             jnp.zeros((ROWS, 3)),
@@ -267,6 +283,13 @@ ROWS = 4 * 6 * 2
             jnp.int8,
             TypeError,
             "out_dtype: got dtype int8, need a floating dtype",
+        ),
+        (
+            jnp.zeros((ROWS, 3)),
+            None,
+            "flaot",
+            TypeError,
+            "out_dtype: got 'flaot', need a dtype",
         ),
     ],
 )
@@ -382,12 +405,13 @@ def test_ragged_all_to_all(changes, error, message):
         (
             (6, 2, 8, 4, -1.0),
             ValueError,
-            "factor: got -1.0, need a finite number of at least 0",
+            "factor: got -1.0, need a finite number above 0",
         ),
+        ((6, 2, 8, 4, 0), ValueError, "factor: got 0, need a finite number above 0"),
         (
             (6, 2, 8, 4, float("inf")),
             ValueError,
-            "factor: got inf, need a finite number of at least 0",
+            "factor: got inf, need a finite number above 0",
         ),
         ((6, 2, 8, 4, 1.0, 0), ValueError, "alignment: got 0, need an integer of at least 1"),
     ],

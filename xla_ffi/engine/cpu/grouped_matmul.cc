@@ -205,8 +205,8 @@ Status FindGroups(const char* target, const int32_t* sizes, int64_t groups, int6
     begin->push_back(begin->back() + sizes[e]);
   }
   if (begin->back() <= assignments) return Status::Ok();
-  return Status::InvalidArgument(Concat(target, ": the groups have ", begin->back(),
-                                        " rows in all, there are ", assignments, "."));
+  return Status::InvalidArgument(Concat(target, ": group_sizes add up to ", begin->back(),
+                                        ", there are ", assignments, " rows."));
 }
 
 Status CheckIndex(const char* target, const char* name, const int32_t* index, int64_t total,
