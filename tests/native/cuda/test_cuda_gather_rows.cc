@@ -116,6 +116,14 @@ void BulkRingsTurn() {
       Run(&gather);
       gather.Check();
     }
+    // Long chains: most rows move nothing by themselves, many in succession.
+    for (const int64_t capacity : {480, 301}) {
+      Gather gather(Shape(1, 60, 8, capacity), {row_bytes, true, 0, 0}, random);
+      gather.chained = gather.fanned = true;
+      Run(&gather);
+      gather.Check();
+      gather.ranks.CheckNoFailure();
+    }
   }
 }
 

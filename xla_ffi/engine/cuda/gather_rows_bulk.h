@@ -45,6 +45,7 @@ struct Piece {
   int64_t row = 0;
   int64_t offset = 0;
   int32_t bytes = 0;
+  int stage = 0;
 };
 
 // What one lane does. Bulk is the lane's copy engine: Init(stage), Load(stage, to, from, bytes) and
@@ -65,69 +66,85 @@ class BulkLane {
         stages_(stages),
         bulk_(bulk) {}
 
-  // Copies the pieces.
+  // Copies the pieces. Their entries are read kBatch at a time, and one batch ahead: of a chain all
+  // rows but the first move nothing, and a lane that read each entry when it has looked at the one
+  // before would wait for memory at every one of them, with no copy begun meanwhile. A queue would
+  // not help: what is being read into a register cannot be handed on before it is there, nor can a
+  // lane wait for its own reads without those of its warp. So all lanes end a batch together.
   JAX_FUSCO_PROGRAM void Run(Parts pieces) {
-    constexpr int kAhead = BulkShape::kAhead;
-    constexpr int kStages = BulkShape::kStages;
-    Piece ring[kStages];
-    Entry entry = Fetch(pieces);
-    JAX_FUSCO_UNROLL
-    for (int s = 0; s < kAhead; ++s) {
-      ring[s] = Start(&pieces, &entry, s);
-      pieces.Next();
-      entry = Fetch(pieces);
-    }
-    for (bool more = true; more;) {
+    Parts ahead = pieces;
+    Entry now[kBatch] = {}, later[kBatch] = {};
+    Read(&ahead, later);
+    while (pieces.any()) {
       JAX_FUSCO_UNROLL
-      for (int s = 0; s < kStages; ++s) {
-        // The stage was last stored from kStages - kAhead commits ago.
-        bulk_->template Stored<kStages - kAhead - 1>();
-        ring[(s + kAhead) % kStages] = Start(&pieces, &entry, (s + kAhead) % kStages);
-        pieces.Next();
-        entry = Fetch(pieces);
-        Write(ring[s], s);
-        bulk_->Commit();
+      for (int i = 0; i < kBatch; ++i) now[i] = later[i];
+      Read(&ahead, later);
+      int left = kBatch;
+      for (Piece piece; Find(&pieces, now, &left, &piece);) {
+        Start(&piece);
+        FinishOldest(piece);
       }
-      more = ring[0].exists;  // those started last are written next
     }
+    for (int i = 0; i < BulkShape::kAhead; ++i) FinishOldest({});
     bulk_->Finish();
   }
 
  private:
-  // The entry of a piece's row, long before it is needed.
-  JAX_FUSCO_PROGRAM Entry Fetch(const Parts& pieces) const {
-    return pieces.any() ? EntryOf(sources_, pieces.row()) : Entry{0, kTail, 0};
+  static constexpr int kBatch = 8;
+
+  JAX_FUSCO_PROGRAM void Read(Parts* pieces, Entry* entries) const {
+    JAX_FUSCO_UNROLL
+    for (int i = 0; i < kBatch && pieces->any(); ++i, pieces->Next()) {
+      entries[i] = EntryOf(sources_, pieces->row());
+    }
   }
 
-  // Starts the next piece. Rows that are left as they are take no stage: where there are many of
-  // them, too few pieces would be under way.
-  JAX_FUSCO_PROGRAM Piece Start(Parts* pieces, Entry* entry, int stage) {
-    while (!args_.zero_tail && entry->source == kTail && pieces->any()) {
-      pieces->Next();
-      *entry = Fetch(*pieces);
+  // The next piece that moves something, of the `left` whose entries these are. The others take no
+  // stage: where there are many of them, too few pieces would be under way.
+  JAX_FUSCO_PROGRAM bool Find(Parts* pieces, Entry* entries, int* left, Piece* piece) const {
+    for (piece->exists = false; !piece->exists && *left > 0 && pieces->any(); pieces->Next()) {
+      piece->row = pieces->row();
+      piece->offset = pieces->part() * shape_.piece;
+      piece->order = OrderOf(team_, sources_, table_, piece->row, entries[0], args_.zero_tail);
+      piece->exists = piece->order.task != Task::kNone;
+      JAX_FUSCO_UNROLL
+      for (int i = 1; i < kBatch; ++i) entries[i - 1] = entries[i];
+      --*left;
     }
-    Piece piece;
-    if (!pieces->any()) return piece;
-    piece.exists = true;
-    piece.row = pieces->row();
-    piece.offset = pieces->part() * shape_.piece;
-    const int64_t left = args_.row_bytes - piece.offset;
-    piece.bytes = static_cast<int32_t>(left < shape_.piece ? left : shape_.piece);
-    piece.order = OrderOf(team_, sources_, table_, piece.row, *entry, args_.zero_tail);
-    piece.from = RowOf(args_, table_, piece.order);
-    if (piece.from == nullptr) return piece;
-    piece.from += piece.offset;
-    if (IsAligned<Word16>(piece.from)) {
-      bulk_->Load(stage, Stage(stage), piece.from, piece.bytes);
-    }
-    return piece;
+    return piece->exists;
   }
 
-  JAX_FUSCO_PROGRAM void Write(const Piece& piece, int stage) {
-    if (piece.order.task == Task::kNone) return;
-    const bool aligned = IsAligned<Word16>(piece.from);
-    const char* const from = piece.from == nullptr ? zeros_ : aligned ? Stage(stage) : nullptr;
-    if (piece.from != nullptr && aligned) bulk_->Await(stage);
+  JAX_FUSCO_PROGRAM void Start(Piece* piece) {
+    // The stage was last stored from kStages - kAhead commits ago.
+    bulk_->template Stored<BulkShape::kStages - BulkShape::kAhead - 1>();
+    piece->stage = stage_;
+    stage_ = (stage_ + 1) % BulkShape::kStages;
+    const int64_t left = args_.row_bytes - piece->offset;
+    piece->bytes = static_cast<int32_t>(left < shape_.piece ? left : shape_.piece);
+    piece->from = RowOf(args_, table_, piece->order);
+    if (piece->from == nullptr) return;
+    piece->from += piece->offset;
+    if (IsAligned<Word16>(piece->from)) {
+      bulk_->Load(piece->stage, Stage(piece->stage), piece->from, piece->bytes);
+    }
+  }
+
+  // Of those that were started before this one, kAhead at most.
+  JAX_FUSCO_PROGRAM void FinishOldest(const Piece& newest) {
+    Write(started_[0]);
+    bulk_->Commit();
+    JAX_FUSCO_UNROLL
+    for (int i = 1; i < BulkShape::kAhead; ++i) started_[i - 1] = started_[i];
+    started_[BulkShape::kAhead - 1] = newest;
+  }
+
+  JAX_FUSCO_PROGRAM void Write(const Piece& piece) {
+    if (!piece.exists) return;
+    const char* from = zeros_;
+    if (piece.from != nullptr) {
+      from = IsAligned<Word16>(piece.from) ? Stage(piece.stage) : nullptr;
+      if (from != nullptr) bulk_->Await(piece.stage);
+    }
     char* const out = static_cast<char*>(args_.out) + piece.offset;
     int64_t next = piece.order.next;
     for (int64_t row = piece.row;;) {
@@ -153,6 +170,8 @@ class BulkLane {
   char* const zeros_;
   char* const stages_;
   Bulk* const bulk_;
+  Piece started_[BulkShape::kAhead];
+  int stage_ = 0;  // of the next
 };
 
 // row_bytes and `out` are multiples of 16.
