@@ -1,3 +1,5 @@
+#include <atomic>
+
 #include "xla_ffi/engine/cuda/bulk.h"
 #include "xla_ffi/engine/cuda/gather_rows.h"
 #include "xla_ffi/engine/cuda/gather_rows_bulk.h"
@@ -26,10 +28,19 @@ __global__ void __launch_bounds__(kBulkWarps* DeviceTeam::kLanes, 1)
 
 // Whether what this binary has for the current device was compiled with bulk copies.
 bool HasBulkCopies() {
-  cudaFuncAttributes attributes;
-  return DeviceAttribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
-         cudaFuncGetAttributes(&attributes, GatherRowsInBulkKernel) == cudaSuccess &&
-         attributes.ptxVersion >= 90;
+  enum : int8_t { kUnknown, kNo, kYes };
+  static std::atomic<int8_t> known[64] = {};  // by device: to ask takes microseconds
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  int8_t has = device < 64 ? known[device].load(std::memory_order_relaxed) : kUnknown;
+  if (has == kUnknown) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, GatherRowsInBulkKernel) != cudaSuccess) return false;
+    const int64_t major = DeviceAttribute(cudaDevAttrComputeCapabilityMajor);
+    has = major >= 9 && attributes.ptxVersion >= 90 ? kYes : kNo;
+    if (device < 64) known[device].store(has, std::memory_order_relaxed);
+  }
+  return has == kYes;
 }
 
 template <typename Word>
