@@ -19,6 +19,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -134,13 +135,29 @@ def seconds(step: Callable[..., Any], arguments: tuple[Any, ...], calls: int) ->
     return (time.perf_counter() - start) / calls
 
 
-def run_op(case: Case, oracle: Oracle, op: str, rounds: int) -> dict[str, Any]:
-    """Compiles and checks all contestants, then times them in turn."""
+def compile_all(case: Case) -> dict[str, list[tuple[Shuffle, Any]]]:
+    """The contestants of each operation with their programs, compiled side by side: most of a run
+    would be spent on that."""
+
+    def compiled(op: str, shuffle: Shuffle) -> Any:
+        return case.function(op, shuffle).lower(*case.arguments(op, None)).compile()
+
+    with ThreadPoolExecutor() as pool:
+        tasks = {
+            op: [(s, pool.submit(compiled, op, s)) for s in contestants(op, case.sizes)]
+            for op in case.spec.ops
+        }
+        return {op: [(s, task.result()) for s, task in found] for op, found in tasks.items()}
+
+
+def run_op(
+    case: Case, oracle: Oracle, op: str, programs: list[tuple[Shuffle, Any]], rounds: int
+) -> dict[str, Any]:
+    """Checks all contestants, then times them in turn."""
     turns: dict[str, Callable[[], float]] = {}
     memory = {}
-    for shuffle in contestants(op, case.sizes):
-        arguments = case.arguments(op, None)
-        step = case.function(op, shuffle).lower(*arguments).compile()
+    arguments = case.arguments(op, None)
+    for shuffle, step in programs:
         oracle.check(op, shuffle, jax.block_until_ready(step(*arguments)), None)
         analysis = step.memory_analysis()
         memory[shuffle.name] = getattr(analysis, "temp_size_in_bytes", None)
@@ -172,32 +189,32 @@ def run(out: pathlib.Path, label: str, platform: str, share: int, rounds: int, b
     if found.platform != platform:
         raise click.ClickException(f"JAX runs on {found.platform}, not on {platform}")
     begin = time.monotonic()
-    specs = [Spec(name, 1, max(1, n // share), "uniform", OPS) for name, n in LARGE.items()]
-    specs.append(Spec("qwen3-30b-a3b", 1, max(1, LARGE["qwen3-30b-a3b"] // share), "zipf", OPS))
-    specs += [Spec("qwen3-30b-a3b", 1, tokens, "uniform", OPS) for tokens in DECODING]
-    cases: list[dict[str, Any]] = []
-    left_out = []
+    large = {name: max(1, tokens // share) for name, tokens in LARGE.items()}
+    qwen = "qwen3-30b-a3b"
+    specs = [Spec(qwen, 1, tokens, "uniform", OPS) for tokens in DECODING]  # the quick ones first
+    specs += [Spec(name, 1, tokens, "uniform", OPS) for name, tokens in large.items()]
+    specs.append(Spec(qwen, 1, large[qwen], "zipf", OPS))
+    document: dict[str, Any] = {
+        "label": label,
+        "device": found.device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "machine": report.machine(),
+        "versions": report.versions(),
+        "left_out": [],
+        "cases": [],
+    }
     for spec in specs:
         if time.monotonic() - begin > budget:
-            left_out.append(spec.title)
-            continue
-        case = GpuCase(spec)
-        oracle = Oracle(case)
-        ops = {op: run_op(case, oracle, op, rounds) for op in spec.ops}
-        cases.append({"spec": dataclasses.asdict(spec), "ops": ops})
-        document = {
-            "label": label,
-            "device": found.device_kind,
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            "machine": report.machine(),
-            "versions": report.versions(),
-            "left_out": left_out,
-            "cases": cases,
-        }
+            document["left_out"].append(spec.title)
+        else:
+            case = GpuCase(spec)
+            oracle, programs = Oracle(case), compile_all(case)
+            ops = {op: run_op(case, oracle, op, programs[op], rounds) for op in spec.ops}
+            document["cases"].append({"spec": dataclasses.asdict(spec), "ops": ops})
+            print_cases(document, document["cases"][-1:])
         out.write_text(json.dumps(document, indent=1) + "\n")
-        print_cases(document, cases[-1:])
-    if left_out:
-        raise click.ClickException(f"no time was left for {', '.join(left_out)}")
+    if document["left_out"]:
+        click.echo(f"Note: no time was left for {'; '.join(document['left_out'])}")
 
 
 def best(op: dict[str, Any], family: str) -> tuple[float, str]:
