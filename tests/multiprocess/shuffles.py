@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,14 +27,11 @@ def place(mesh: jax.sharding.Mesh, spec: Any, array: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def check(
-    implementation: Any, mesh: jax.sharding.Mesh, spec: Any, groups: int, ranks: int, **options: Any
-) -> None:
-    """Forward and gradients of every group against the oracle, on the shards here."""
-    rng = np.random.default_rng(0)
-    ids = np.stack([routings.masked(rng, ranks, T, K, EXPERTS) for _ in range(groups)])
-    x = rng.standard_normal((groups, ranks, T, D)).astype("f4")
-    weights = rng.random(ids.shape, np.float32)
+@functools.cache
+def program(
+    implementation: Any, mesh: jax.sharding.Mesh, spec: Any, **options: Any
+) -> Callable[..., Any]:
+    """(ids, x, weights) -> slots, rows, sums and gradients, compiled once for each process."""
 
     def local(ids, x, weights):
         def layer(x, weights):
@@ -51,7 +50,18 @@ def check(
         results = slot, rows, out, *pull(out)
         return tuple(a[None, None] for a in results)
 
-    run = sharded(local, mesh, in_specs=spec, out_specs=spec)
+    return sharded(local, mesh, in_specs=spec, out_specs=spec)
+
+
+def check(
+    implementation: Any, mesh: jax.sharding.Mesh, spec: Any, groups: int, ranks: int, **options: Any
+) -> None:
+    """Forward and gradients of every group against the oracle, on the shards here."""
+    rng = np.random.default_rng(0)
+    ids = np.stack([routings.masked(rng, ranks, T, K, EXPERTS) for _ in range(groups)])
+    x = rng.standard_normal((groups, ranks, T, D)).astype("f4")
+    weights = rng.random(ids.shape, np.float32)
+    run = program(implementation, mesh, spec, **options)
     got = jax.block_until_ready(run(*(place(mesh, spec, a) for a in (ids, x, weights))))
     for g in range(groups):
         plan = oracle.make_plan(ids[g], EXPERTS, options.get("capacity"), 2)
