@@ -32,7 +32,8 @@ bool HasBulkCopies() {
   static std::atomic<int8_t> known[64] = {};  // by device: to ask takes microseconds
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
-  int8_t has = device < 64 ? known[device].load(std::memory_order_relaxed) : kUnknown;
+  int8_t has = kUnknown;
+  if (device < 64) has = known[device].load(std::memory_order_relaxed);
   if (has == kUnknown) {
     cudaFuncAttributes attributes;
     if (cudaFuncGetAttributes(&attributes, GatherRowsInBulkKernel) != cudaSuccess) return false;
