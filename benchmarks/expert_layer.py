@@ -192,7 +192,7 @@ def cases_of(routed: Routed) -> dict[str, dict[str, Any]]:
 
 
 def describe(ids: np.ndarray, experts: int) -> dict[str, Any]:
-    """Distinct ranks a token, the fullest rank's load over the mean, and the rows of plans."""
+    """Distinct ranks per token, the fullest rank's load over the mean, and the rows of plans."""
     ranks = ids.shape[0]
     owner = np.where(ids >= 0, ids // (experts // ranks), -1)
     touched = (owner[..., None] == np.arange(ranks)).any(-2).sum(-1)

@@ -1,4 +1,4 @@
-"""What experts' places save: rows and bytes sent, ranks a token, and the time of a layer.
+"""What experts' places save: rows and bytes sent, ranks per token, and the time of a layer.
 
     python benchmarks/expert_traffic.py --routing runs/placement/routing.npz
 
@@ -53,7 +53,9 @@ def report(rows: list[dict[str, Any]], layers: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=110)
-    table = Table(title="Dispatch: rows a token sent to other ranks (and to its own), kB a token")
+    table = Table(
+        title="Dispatch: rows per token sent to other ranks (and to its own), kB per token"
+    )
     for name in ("shape", "ranks", "routing", "a row each assignment", "a row each rank", "less"):
         table.add_column(name, justify="left" if name in ("shape", "routing") else "right")
     for one in rows:
@@ -70,9 +72,9 @@ def report(rows: list[dict[str, Any]], layers: dict[str, Any]) -> None:
     for name, (facts, cases) in layers.items():
         title = f"{name}: {facts['ranks']} ranks, {facts['experts']} experts, top {facts['k']}"
         if "planted_ranks_per_token" in facts:
-            title += f"; planted optimum {facts['planted_ranks_per_token']:.3f} ranks a token"
+            title += f"; planted optimum {facts['planted_ranks_per_token']:.3f} ranks per token"
         table = Table(title=title)
-        for column in ("", "ranks a token", "load", "rows sent", "ms", "ms of processors"):
+        for column in ("", "ranks per token", "load", "rows sent", "ms", "ms of processors"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for case in CASES:
             found = cases[case]
@@ -93,7 +95,7 @@ def report(rows: list[dict[str, Any]], layers: dict[str, Any]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], layers: dict[str, Any], path: Path) -> None:
-    """Rows by shape; ranks a token and times by case."""
+    """Rows by shape; ranks per token and times by case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,7 +115,7 @@ def draw(rows: list[dict[str, Any]], layers: dict[str, Any], path: Path) -> None
         axes[0].bar_label(found, fmt="%.1f", fontsize=8, padding=1)
     axes[0].set_yticks(range(len(bars)), [one["shape"] for one in bars])
     axes[0].invert_yaxis()
-    axes[0].set_title("rows a token sent to other ranks\n8 ranks, Zipf", fontsize=10)
+    axes[0].set_title("rows per token sent to other ranks\n8 ranks, Zipf", fontsize=10)
     for axis, (name, (_, cases)) in zip(axes[1:], layers.items(), strict=False):
         for place, kind in enumerate(KINDS):
             at = [i + 0.4 * place - 0.2 for i in range(len(CASES))]

@@ -4,7 +4,7 @@
 
 reads the newest checkpoint, counts the routing of training text, finds a placement, applies it, and
 writes to --out: routing.npz for `jax-fusco placement`, placement.json, and pruning.json and
-pruning.png: validation loss against distinct ranks a token, for each N, method, and with and
+pruning.png: validation loss against distinct ranks per token, for each N, method, and with and
 without fine-tuning. docs/experts.md describes it.
 """
 
@@ -238,7 +238,7 @@ def main(
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss against ranks a token."""
+    """Validation loss against ranks per token."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -255,7 +255,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     [p["ranks"] for p in points], [p["loss"] for p in points], style,
                     color=colour, label=label,
                 )  # fmt: skip
-    axis.set_xlabel("distinct ranks a token")
+    axis.set_xlabel("distinct ranks per token")
     axis.set_ylabel("validation loss, nats a byte")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

@@ -14,15 +14,15 @@ from jaxtyping import Array, Float, Int32, PyTree, Shaped
 from jax_fusco import ffi, mesh, movers, primitive, replicas
 from jax_fusco.mesh import Axis, AxisName, expert_axis
 from jax_fusco.placement import Placement
-from jax_fusco.plan import Plan, dropless_capacity, experts_per_rank, whole
+from jax_fusco.plan import PLAN_NAME, Plan, dropless_capacity, experts_per_rank, whole
 from jax_fusco.token_plan import TokenPlan, make_token_plan, owners
 from jax_fusco.topology import Topology
 from jax_fusco.two_level_plan import Levels
 
 Implementation: TypeAlias = str | Sequence[str] | None
 
-_PLAN_NAME, _ROWS_NAME = "jax_fusco_plan", "jax_fusco_rows"
-REMAT_SAVE_NAMES: tuple[str, ...] = (_PLAN_NAME, _ROWS_NAME)
+_ROWS_NAME = "jax_fusco_rows"
+REMAT_SAVE_NAMES: tuple[str, ...] = (PLAN_NAME, _ROWS_NAME)
 """Names of a plan's integers and of dispatched rows, for `jax.checkpoint_policies`."""
 
 
@@ -68,7 +68,7 @@ def make_plan(
     rows: str = "assignment",
     implementation: Implementation = None,
 ) -> Plan | TokenPlan:
-    """Plans the shuffle of T tokens a rank to their k experts each, and back.
+    """Plans the shuffle of T tokens per rank to their k experts each, and back.
 
     Call it inside `jax.shard_map`, on every rank. Expert `e` lives on rank `e // (num_experts //
     R)`. A receive buffer is expert-major: by local expert, then source rank, then token, then j.
@@ -92,7 +92,7 @@ def make_plan(
         `Topology`); `axis_name` must be its `axis_name`. Slots are those without a topology;
         `combine` then adds in another order.
       placement: where experts lie, for a router that speaks of experts: `placement.expert_of_slot`,
-        S slots a rank, one layer's. Slots then take the place of experts: `group_sizes` is `[S]`,
+        S slots per rank, one layer's. Slots then take the place of experts: `group_sizes` is `[S]`,
         rows lie in the order of slots, `capacity` and `Plan.num_experts` are those of R * S
         experts. Of an expert's replicas those on the token's rank are taken, else those on its node
         (with a topology), else all, in turn. None: expert `e` in slot `e`.
@@ -160,7 +160,7 @@ def make_plan(
             capacity=size,
             alignment=alignment,
         )
-        name = functools.partial(checkpoint_name, name=_PLAN_NAME)
+        name = functools.partial(checkpoint_name, name=PLAN_NAME)
         return Plan(
             *map(name, integers),
             crossing=jax.tree.map(name, crossing),
@@ -436,7 +436,9 @@ def _choose(implementation: Implementation, axis: Axis, *, reached: bool = False
         if mesh.platform() != "cpu" or _why_not("fused", axis) is not None:
             return "xla"
         return "fused" if reached or jax.process_count() == 1 else "xla"
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    if not isinstance(names, tuple | list):
+        names = (implementation,)
     reason = "need one or more of 'xla', 'fused'"
     for name in names:
         if name not in movers.IMPLEMENTATIONS:

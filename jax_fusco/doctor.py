@@ -65,7 +65,7 @@ def _cpu_engine() -> Iterator[Finding]:
         return
     yield Finding(
         "CPU engine",
-        f"{info['isa']} row kernels, {info['threads']} threads, time-out {info['timeout_s']:g} s"
+        f"{info['isa']} row kernels, {info['threads']} threads, timeout {info['timeout_s']:g} s"
         + (", strict" if info["strict"] else ""),
     )
     if info["huge_pages"]:

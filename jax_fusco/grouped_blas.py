@@ -1,7 +1,7 @@
 """The grouped matmul of CPU devices: custom calls over a BLAS, and their gradients.
 
 One custom call is the forward, and with the kernel transposed and the indices swapped the backward
-of rows and weights; the other is the backward of the kernel. docs/grouped_matmul.md has both.
+of rows and weights; the other is the backward of the kernel. docs/architecture.md has both.
 """
 
 from __future__ import annotations

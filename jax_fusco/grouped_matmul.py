@@ -40,10 +40,11 @@ def grouped_matmul(
     the result is the sum of `merge_weights[a] * product[a]` over the assignments with
     `merge[a] == r`, a ascending, in float32 (float64 for float64 rows), rounded once.
 
-    Products are summed in float32 at least, and the same call gives the same bits on every run and
-    for every number of threads. Implementations differ in the order of the sum over n: they agree
-    within `n * eps * sum |row * kernel|`, and "xla" rounds each assignment's part of the gradient
-    of `rows` to their dtype before it sums them, where there is a `source`.
+    Products are summed in float32 at least. "blas" gives the same bits on every run and for every
+    number of threads; the others add to `merge` as XLA's scatter does, on GPUs in any order unless
+    XLA is told to be deterministic. Implementations differ in the order of the sum over n: they
+    agree within `n * eps * sum |row * kernel|`, and "xla" rounds each assignment's part of the
+    gradient of `rows` to their dtype before it sums them, where there is a `source`.
 
     Args:
       rows: floating `[N, n]`.
@@ -159,8 +160,8 @@ def _array(name: str, value: Any) -> jax.Array:
 
 
 def _check_matrices(rows: jax.Array, kernel: jax.Array) -> None:
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
-        raise TypeError(f"rows: got dtype {rows.dtype}, need a floating dtype")
+    if not jnp.issubdtype(rows.dtype, jnp.floating) or rows.dtype.itemsize < 2:
+        raise TypeError(f"rows: got dtype {rows.dtype}, need a floating dtype of 2 bytes or more")
     if rows.ndim != 2:
         raise ValueError(f"rows: got shape {rows.shape}, need [rows, n]")
     if kernel.dtype != rows.dtype:

@@ -1,7 +1,7 @@
 """The ledger: rows and bytes that a routing moves over each class of link, for five ways to move.
 
 Everything is counted for one dispatch, in NumPy; combine is its mirror image. N nodes of L ranks,
-T tokens a rank, k experts a token; a row is one token's.
+T tokens per rank, k experts per token; a row is one token's.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ def byte_text(number: float) -> str:
 def describe(found: Ledger) -> str:
     """The rows before and after each token is sent once, in words."""
     return (
-        f"{found.nodes} nodes of {found.ranks_per_node} ranks, {found.tokens} tokens a rank, rows "
-        f"of {found.row_bytes} bytes: {found.assignments} assignments, {found.rank_rows} rows once "
+        f"{found.nodes} nodes of {found.ranks_per_node} ranks, {found.tokens} tokens per rank, "
+        f"rows of {found.row_bytes} bytes: {found.assignments} assignments, "
+        f"{found.rank_rows} rows once "
         f"to each rank, {found.node_rows} once to each node; {found.lower_bound} of these must "
         f"cross between nodes ({byte_text(found.lower_bound * found.row_bytes)}); "
         f"{found.num_invalid} invalid ids"

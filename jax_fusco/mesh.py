@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 AxisName: TypeAlias = str | tuple[str, ...] | None
@@ -70,14 +69,9 @@ class Axis:
 
     def swap(self, x: jax.Array) -> jax.Array:
         """The other rank's `x`, of two."""
-        # ppermute counts along its axes in the order of the mesh, whatever the order of the names.
-        order = tuple(n for n in jax.sharding.get_abstract_mesh().axis_names if n in self.names)
-        count = [lax.axis_size(name) for name in order]
-        place = np.arange(math.prod(count)).reshape(count)
-        place = place.transpose([order.index(name) for name in self.names]).reshape(-1).tolist()
-        groups = self.subgroups or ((0, 1),)
-        pairs = [(place[a], place[b]) for group in groups for a, b in (group, group[::-1])]
-        return lax.ppermute(x, order, pairs)
+        # No ppermute: on CPU devices it waits for those of all groups, which may exchange another
+        # number of slices.
+        return self.all_gather(x)[1 - self.rank()]
 
 
 def expert_axis(axis_name: AxisName) -> Axis:

@@ -1,4 +1,4 @@
-"""What a placement changes: ranks and nodes a token touches, bytes by link, load of the ranks."""
+"""What a placement changes: ranks and nodes per token touches, bytes by link, load of the ranks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Traffic:
     Attributes:
       ranks: mean distinct ranks of a token (Occult's C_T).
       nodes: mean distinct nodes of a token.
-      links: bytes a token by class of link ("rank", "node", "wire"): once to each node on balanced
-        rails, then once to each rank, as `jax_fusco.ledger`'s "ours" without padding.
+      links: bytes per token by class of link ("rank", "node", "wire"): once to each node on
+        balanced rails, then once to each rank, as `jax_fusco.ledger`'s "ours" without padding.
       load: the fullest rank's assignments over the mean.
     """
 
@@ -70,14 +70,14 @@ class Prediction:
     def __str__(self) -> str:
         today, after = self.today, self.after
         lines = [
-            _line("distinct ranks a token", today.ranks_per_token, after.ranks_per_token),
-            _line("distinct nodes a token", today.nodes_per_token, after.nodes_per_token),
+            _line("distinct ranks per token", today.ranks_per_token, after.ranks_per_token),
+            _line("distinct nodes per token", today.nodes_per_token, after.nodes_per_token),
             _line("load, max/mean", today.load_max_over_mean, after.load_max_over_mean),
         ]
         unit = "rows" if self.row_bytes == 1 else "bytes"
         for link, number in today.bytes_per_token.items():
             lines.append(
-                _line(f"{unit} a token {LINKS[link]}", number, after.bytes_per_token[link])
+                _line(f"{unit} per token {LINKS[link]}", number, after.bytes_per_token[link])
             )
         if self.moves:
             lines.append(f"{self.moves} experts change their rank")
@@ -152,11 +152,13 @@ def predict(placement: Placement, stats: RoutingStats, row_bytes: int) -> Predic
     for index in range(stats.num_layers or 1):
         layer = stats if stats.num_layers is None else stats.layer(index)
         here = placement if placement.num_layers is None else placement.layer(index)
+        if not len(held_out(layer)[0]):
+            raise ValueError(f"stats: got {int(layer.tokens)} tokens, need more to predict from")
         todays.append(_traffic(identity, layer))
         afters.append(_traffic(here, layer))
         moves += int((here.rank_of_expert != identity.rank_of_expert).sum())
     today, after = (_stack(each, stats.num_layers, row_bytes) for each in (todays, afters))
-    gain = 1.0 - after.ranks_per_token / max(today.ranks_per_token, 1e-30)
+    gain = 1.0 - after.ranks_per_token / today.ranks_per_token
     return Prediction(today, after, gain, moves, row_bytes)
 
 

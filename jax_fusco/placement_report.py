@@ -149,14 +149,14 @@ def describe(found: Study) -> str:
     nodes = placement.num_ranks // placement.ranks_per_node
     return (
         f"{tokens} tokens to {each:.3g} of {stats.num_experts} experts each{layers}; nodes: "
-        f"{nodes} of {placement.ranks_per_node} ranks; ranks and nodes a token are counted on "
+        f"{nodes} of {placement.ranks_per_node} ranks; ranks and nodes per token are counted on "
         "tokens that no search has seen"
     )
 
 
 def table(found: Study) -> Table:
     """A line for each method."""
-    made = Table(title="One dispatch, a token", title_justify="left", header_style="bold")
+    made = Table(title="One dispatch, per token", title_justify="left", header_style="bold")
     made.add_column("", no_wrap=True)
     for head in ("ranks", "", "nodes", *LINKS.values()):
         made.add_column(head, justify="right")
@@ -185,7 +185,7 @@ def verdict(found: Study, method: str) -> str:
         return "Nothing to gain: leave the experts where they are"
     loads = [each.load_max_over_mean for each in (prediction.today, prediction.after)]
     return (
-        f"{method}: {100 * prediction.gain:.1f} % fewer ranks a token, load max/mean "
+        f"{method}: {100 * prediction.gain:.1f} % fewer ranks per token, load max/mean "
         f"{loads[0]:.3f} -> {loads[1]:.3f}, {prediction.moves} experts change their rank"
     )
 
@@ -218,7 +218,7 @@ def document(found: Study) -> dict[str, Any]:
 
 
 def draw(found: Study, method: str, path: pathlib.Path) -> bool:
-    """Writes bars of ranks a token, and co-activation today and after. False without matplotlib.
+    """Writes bars of ranks per token, and co-activation today and after. False without matplotlib.
 
     The co-activation is that of the layer that gains most.
     """
@@ -235,7 +235,7 @@ def draw(found: Study, method: str, path: pathlib.Path) -> bool:
     colours = ["#d6604d" if ", at most" in n else c for n, c in zip(rows, colours, strict=True)]
     axes[0].barh(list(rows), [t.ranks_per_token for t in rows.values()], color=colours)
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("distinct ranks a token")
+    axes[0].set_xlabel("distinct ranks per token")
     axes[0].spines[["top", "right"]].set_visible(False)
     stats, placement = found.stats, found.placements[method]
     title = "co-activation"

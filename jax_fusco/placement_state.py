@@ -32,9 +32,18 @@ def apply(
     """See `Placement.apply`."""
     axes = {**ROUTER_AXES, **EXPERT_AXES, **(expert_axes or {})}
     paths, leaves, tree = _flatten(model_state)
-    owned = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if _name(path, axes)}
+    blocks = {path[:-1] for path in paths if path and path[-1] == "wi_kernel"}
+    blocks &= {path[:-1] for path in paths if path and path[-1] == "wo_kernel"}
+    owned = {
+        path: leaf
+        for path, leaf in zip(paths, leaves, strict=True)
+        if _name(path, axes) and (path[-1] in (expert_axes or ()) or path[:-1] in blocks)
+    }
     if not owned:
-        raise ValueError(f"model_state: got no parameter named {', '.join(axes)}, need some")
+        raise ValueError(
+            "model_state: got no block with a wi_kernel and a wo_kernel, need one, or expert_axes "
+            "with the names of other parameters"
+        )
     for path, leaf in owned.items():
         _check_axis(path, leaf.shape, axes[path[-1]], placement.num_experts)
     layer_of = _layers(placement, owned, axes)
@@ -44,8 +53,12 @@ def apply(
     optimizer_tree = None
     if optimizer_state is not None:
         moment_paths, moments, optimizer_tree = _flatten(optimizer_state)
+        others = set(paths) - set(owned)
         for path, moment in zip(moment_paths, moments, strict=True):
-            steps.append((moment, _moment_move(placement, path, moment, owned, layer_of, axes)))
+            if any(path[at:] in others for at in range(len(path))):
+                steps.append((moment, None))
+            else:
+                steps.append((moment, _moment_move(placement, path, moment, owned, layer_of, axes)))
     moved = [leaf if move is None else _take(leaf, *move) for leaf, move in steps]
     new_state = tree.unflatten(moved[:there])
     return new_state, None if optimizer_tree is None else optimizer_tree.unflatten(moved[there:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,12 @@ from jax_fusco.mesh import AxisName
 if TYPE_CHECKING:
     from jax_fusco.topology import Topology
 
+PLAN_NAME = "jax_fusco_plan"
+"""The integers of a plan, for checkpoint policies that save names."""
+
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Crossing:
     """How the rows of one shuffle cross between nodes. All int32, per rank; negative for none.
 
@@ -51,7 +55,7 @@ class Crossing:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """Where every row of one shuffle goes, and comes from. Made by `make_plan`; a pytree.
 
@@ -122,7 +126,7 @@ def bits(number: int) -> int:
 
 def check_factor(name: str, factor: object) -> None:
     """Whether `factor` is a finite number above 0, else a ValueError."""
-    number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
     if not (number and 0 < factor < math.inf):
         raise ValueError(f"{name}: got {factor!r}, need a finite number above 0")
 

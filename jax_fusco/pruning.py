@@ -46,7 +46,7 @@ def limit_ranks(
       placement: where experts live, in the ids of `expert_ids`: after `Placement.apply` that is
         `Placement.identity`. One layer's, without replicas.
       max_ranks: N, at least 1.
-      max_nodes: the most nodes a token may touch; None: as many as ranks.
+      max_nodes: the most nodes per token may touch; None: as many as ranks.
       method: "router" or "similarity".
       similarity: how alike two experts are, `[E, E]`; see `router_similarity`.
       renormalize: True: the new weights have the sum of the old; False: the same factor on scores.
@@ -83,6 +83,7 @@ def limit_ranks(
     with jax.named_scope("jax_fusco.limit_ranks"):
         shape = ids.shape
         ids = ids.reshape(-1, shape[-1]).astype(jnp.int32)
+        ids = jnp.where((ids >= 0) & (ids < placement.num_experts), ids, -1)
         weights = weights.reshape(ids.shape)
         scores = scores.reshape(-1, scores.shape[-1])
         old, fixed = ids, lax.stop_gradient(scores)
@@ -126,7 +127,8 @@ def _check_arrays(ids: Any, weights: Any, scores: Any, placement: object) -> Non
         raise ValueError(f"scores: got shape {scores.shape}, need {need}")
     if ids.shape[-1] > placement.num_experts:
         raise ValueError(
-            f"expert_ids: got {ids.shape[-1]} experts a token, need at most {placement.num_experts}"
+            f"expert_ids: got {ids.shape[-1]} experts per token, need at most "
+            f"{placement.num_experts}"
         )
 
 

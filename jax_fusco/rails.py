@@ -3,7 +3,7 @@
 A token crosses to a destination node once, whatever its number of experts there. Of such rows,
 `counts[s, l, n]` lie on rank l of node s and go to node n (`crossing_rows` counts them; s = n is
 zero). A strategy gives each to a rail, the rank of s that sends it, and to a forwarder, the rank of
-n that receives it. Arrays are int64; N nodes, L ranks a node.
+n that receives it. Arrays are int64; N nodes, L ranks per node.
 """
 
 from __future__ import annotations

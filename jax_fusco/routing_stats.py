@@ -65,7 +65,8 @@ class RoutingStats:
         Args:
           num_experts: E.
           num_layers: L, or None for one layer (or the sum over several) without a leading axis.
-          num_samples: S, tokens kept of each layer, 4 * (ceil(E / 32) + 1) bytes each.
+          num_samples: S, tokens kept of each layer, 4 * (ceil(E / 32) + 1) bytes each. Searches
+            look at one half of them, predictions at the other.
 
         Raises:
           TypeError, ValueError: an argument is no whole number of at least one.

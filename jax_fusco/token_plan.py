@@ -11,15 +11,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jax_fusco import movers, primitive
 from jax_fusco.mesh import Axis, checked_axes, unshard, vary, varying_axes
-from jax_fusco.plan import Plan
+from jax_fusco.plan import PLAN_NAME, Plan
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TokenPlan:
     """Where a token's row goes, once to each rank with an expert of it. A pytree, per rank, int32.
 
@@ -32,7 +33,6 @@ class TokenPlan:
       source: the row of each assignment in expert-major order, negative where there is none.
       choice: its j, the place among the token's experts.
       num_dropped: assignments to this rank's experts that found no room, their row's included.
-      num_invalid: ids outside [-1, num_experts) in this rank's own `expert_ids`.
       num_experts: static, as given; with a placement the number of its slots.
     """
 
@@ -42,8 +42,12 @@ class TokenPlan:
     source: Int32[Array, " A"]
     choice: Int32[Array, " A"]
     num_dropped: Int32[Array, ""]
-    num_invalid: Int32[Array, ""]
     num_experts: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_invalid(self) -> Int32[Array, ""]:
+        """Ids outside [-1, num_experts) in this rank's own `expert_ids`."""
+        return self.rows.num_invalid
 
     @property
     def capacity(self) -> int:
@@ -109,7 +113,7 @@ def make_token_plan(
         jnp.where(source >= 0, source // k, source),
         jnp.where(source >= 0, source % k, source),
         dropped + lost_here,
-        jnp.sum(~valid & (ids != -1), dtype=jnp.int32),
     )
     found = vary(found, varying_axes(expert_ids) | checked_axes(axis))
+    found = [checkpoint_name(each, PLAN_NAME) for each in found]
     return TokenPlan(rows, *found, num_experts=num_experts)

@@ -29,4 +29,4 @@ def save(path: Path, expert_ids: np.ndarray, num_experts: int, layer: int, step:
 def describe(expert_ids: np.ndarray) -> str:
     """Its sizes in words."""
     ranks, tokens, k = expert_ids.shape
-    return f"{ranks} ranks, {tokens} tokens a rank, {k} experts a token"
+    return f"{ranks} ranks, {tokens} tokens per rank, {k} experts per token"

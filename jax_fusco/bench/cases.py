@@ -32,7 +32,8 @@ OPS: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is asked for: a shape by name, devices, tokens a rank, a routing by name, operations."""
+    """What is asked for: a shape by name, devices, tokens per rank, a routing by name,
+    operations."""
 
     shape: str
     devices: int

@@ -10,7 +10,7 @@ Ids = np.ndarray
 
 
 def _distinct(rng: np.random.Generator, log_weights: np.ndarray, tokens: int, k: int) -> Ids:
-    """k distinct experts a token, drawn in proportion to their weights (Gumbel top-k)."""
+    """k distinct experts per token, drawn in proportion to their weights (Gumbel top-k)."""
     scores = log_weights + rng.gumbel(size=(tokens, log_weights.size))
     return np.argpartition(-scores, k - 1, axis=1)[:, :k].astype(np.int32)
 

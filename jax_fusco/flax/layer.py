@@ -148,5 +148,5 @@ def moe_layer(
         metrics = measure(
             logits, routing, ids, mask, plan.num_dropped, plan.num_invalid, axes.tokens
         )
-    reported = ids.reshape(*shape[:-1], -1) if config.report_expert_ids else None
+    reported = ids.reshape(*shape[:-1], ids.shape[-1]) if config.report_expert_ids else None
     return (y.reshape(shape), reported), metrics

@@ -33,7 +33,7 @@ class RankLimitedRouter:
     Attributes:
       router: the router it limits.
       num_ranks: R.
-      max_ranks: N, the most ranks a token goes to.
+      max_ranks: N, the most ranks per token goes to.
       ranks_per_node, max_nodes: nodes of consecutive ranks, and the most of them; None: one node,
         and no limit.
       similarity: `[E, E]` of `router_similarity`, kept as nested tuples; None: method "router".
@@ -79,6 +79,12 @@ class RankLimitedRouter:
         experts_per_rank(num_experts, ranks)
         whole("max_ranks", self.max_ranks, 1)
         check_node(self.ranks_per_node, ranks)
+        groups = getattr(self.router, "num_groups", 1)
+        if getattr(self.router, "groups_kept", 1) < groups and ranks % groups:
+            raise ValueError(
+                f"num_ranks: got {ranks}, need a multiple of the router's {groups} groups: on a "
+                "rank with experts of two groups tokens would leave those they keep"
+            )
         if self.max_nodes is not None:
             whole("max_nodes", self.max_nodes, 1)
         if self.similarity is None:

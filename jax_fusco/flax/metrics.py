@@ -61,7 +61,7 @@ def measure(
       token_axes: the axes that tokens are sharded over.
     """
     num_experts = logits.shape[1]
-    real = jnp.ones(logits.shape[:1]) if mask is None else mask.astype(jnp.float32)
+    real = jnp.ones(logits.shape[:1], jnp.float32) if mask is None else mask.astype(jnp.float32)
     # An id of -1 would wrap around to the last expert.
     counted = jnp.where(expert_ids < 0, num_experts, expert_ids).reshape(-1)
     sums = (

@@ -144,7 +144,7 @@ class MoE(nnx.Module):
             raise ValueError(f"activation: got {activation!r}, need one of {known}")
         if capacity_factor is not None:
             check_factor("capacity_factor", capacity_factor)
-        self.axis_name = axis_name
+        self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.router = router
         self.activation = activation
         self.use_bias = use_bias

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_fusco.flax.layer import LocalAxes
-from jax_fusco.mesh import AxisName
+from jax_fusco.mesh import AxisName, varying_axes
 
 # One entry for each dimension, as in a PartitionSpec.
 Entry = str | tuple[str, ...] | None
@@ -158,6 +158,12 @@ def _pad(layout: Layout, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Arra
     return jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(mask.reshape(tokens), (0, missing))
 
 
+def _tracked() -> bool:
+    """What `check_vma` must be here: as in the shard_map around, if there is one."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return not manual or bool(varying_axes(jax.lax.axis_index(manual)))
+
+
 def run_sharded(
     function: Callable[..., Any],
     layout: Layout,
@@ -197,6 +203,7 @@ def run_sharded(
         in_specs=tuple(in_specs),
         out_specs=(PartitionSpec(*x_entries), PartitionSpec()),
         axis_names=set(layout.opened),
+        check_vma=_tracked(),
     )
     by_token, rest = mapped(*operands)
 

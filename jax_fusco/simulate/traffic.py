@@ -75,7 +75,7 @@ def expected(
     groups: int | None = None,
     skew: float = 1.0,
 ) -> Traffic:
-    """Traffic of T tokens a rank whose experts lie on `groups` nodes; one node may be hot.
+    """Traffic of T tokens per rank whose experts lie on `groups` nodes; one node may be hot.
 
     Args:
       nodes, ranks, tokens, experts, k: N, L, T, E, k.

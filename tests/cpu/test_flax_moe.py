@@ -243,7 +243,7 @@ def test_one_row_a_token(axis_type: AxisType) -> None:
     ("experts", "k", "ranks", "options", "rows"),
     [
         (8, 2, 4, {}, "assignment"),
-        (8, 4, 4, {}, "assignment"),  # 3.7 ranks a token
+        (8, 4, 4, {}, "assignment"),  # 3.7 ranks per token
         (16, 8, 4, {}, "token"),  # 3.98, nearly all there are, and 8 rows
         (8, 2, 1, {}, "assignment"),
         (8, 3, 1, {}, "token"),
@@ -367,6 +367,48 @@ def test_inside_a_partly_manual_shard_map_it_opens_the_other_axes() -> None:
     assert_close(metrics.load_balance_loss, balance)
     logits = x @ moe.params()["router_kernel"]
     np.testing.assert_array_equal(ids, moe.router(logits, 2).expert_ids)
+
+
+@AXIS_TYPES
+def test_gradients_inside_an_untracked_partly_manual_shard_map(axis_type: AxisType) -> None:
+    """Data parallel by hand; with tracking JAX cannot compile such gradients (docs/flax.md)."""
+    mesh = make_mesh({"data": 2, "expert": 2}, axis_type=axis_type)
+    moe, x = block(), tokens_of(8, 12)
+    graph, params = nnx.split(moe)
+
+    def loss(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        y, metrics = nnx.merge(graph, params)(x)
+        return jnp.square(y).sum(), metrics
+
+    def local(params: Any, x: jax.Array) -> Any:
+        gradients, metrics = jax.grad(loss, has_aux=True)(params, x)
+        return jax.lax.psum(gradients, "data"), metrics
+
+    want, wanted_metrics = jax.grad(loss, has_aux=True)(params, x)
+    with jax.set_mesh(mesh):
+        step = jax.shard_map(
+            local,
+            in_specs=(P(), P("data")),
+            out_specs=(P(), P()),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        whole = jax.NamedSharding(mesh, P())
+        got, metrics = jax.jit(step)(
+            jax.device_put(params, whole), jax.device_put(x, jax.NamedSharding(mesh, P("data")))
+        )
+    jax.tree.map(assert_close, jax.device_get(got), jax.device_get(want))
+    assert_close(metrics.load_balance_loss, wanted_metrics.load_balance_loss)
+    assert metrics.tokens_per_expert.sum() == 8 * 2
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12)])
+def test_no_tokens(shape: tuple[int, ...]) -> None:
+    y, metrics = block(report_expert_ids=True)(jnp.zeros(shape))
+    assert y.shape == shape
+    assert metrics.expert_ids is not None
+    assert metrics.expert_ids.shape == (*shape[:-1], 2)
+    assert np.isfinite(metrics.load_balance_loss)
 
 
 @pytest.mark.parametrize("sizes", [None, {"data": 2, "expert": 2}], ids=["one", "mesh"])

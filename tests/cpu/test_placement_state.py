@@ -242,6 +242,21 @@ def test_other_names_and_plain_arrays() -> None:
     assert (moved["n"], moments["count"]) == (3, 1)
 
 
+def test_other_blocks_with_the_same_names_stay() -> None:
+    """Attention's output, of as many heads as there are experts, is not the experts'."""
+    attention = {"wq_kernel": np.arange(16.0).reshape(2, 8), "wo_kernel": np.ones((8, 2, 2))}
+    attention["wo_kernel"] *= np.arange(8.0)[:, None, None]
+    state = {"attention": attention, "moe": nnx.to_pure_dict(nnx.state(block()))}
+    placement = placement_of(5)
+    moved, moments = placement.apply(state, {"mu": state})
+    for found in (moved, moments["mu"]):
+        jax.tree.map(np.testing.assert_array_equal, found["attention"], attention)
+        np.testing.assert_array_equal(
+            found["moe"]["wo_kernel"],
+            np.asarray(state["moe"]["wo_kernel"])[placement.expert_of_slot],
+        )
+
+
 def test_replicas_copy_experts_and_leave_the_router() -> None:
     slots = [0, 1, 2, 3, 4, 5, 6, 7, 1, 1, 0, 2]
     placement = jf.Placement.of_slots(slots, num_experts=8, num_ranks=4)
@@ -263,13 +278,14 @@ def test_errors() -> None:
     state = nnx.to_pure_dict(nnx.state(block()))
     other = jf.Placement.identity(16, 4)
     layers = placement_of(0, layers=3)
-    names = "router_kernel, router_bias, balance_bias, wi_kernel, wi_bias, wo_kernel, wo_bias"
+    axis = {"wo_kernel": -3}
     odd = {"mu": {"wi_kernel": np.zeros((8, 6, 3))}}
     square = {"wo_kernel": np.zeros((8, 8, 8))}
     cases = [
         (
             lambda: placement_of(0).apply({"kernel": 1}),
-            f"model_state: got no parameter named {names}, need some",
+            "model_state: got no block with a wi_kernel and a wo_kernel, need one, or expert_axes "
+            "with the names of other parameters",
         ),
         (
             lambda: other.apply(state),
@@ -281,7 +297,7 @@ def test_errors() -> None:
             "model_state: got 2 MoE layers (a, ...), need the placement's 3",
         ),
         (
-            lambda: placement_of(0).apply({"a": square}, {"mu": {"b": square}}),
+            lambda: placement_of(0).apply({"a": square}, {"mu": {"b": square}}, expert_axes=axis),
             "optimizer_state: got mu/b/wo_kernel, need a parameter of that name in model_state",
         ),
         (
@@ -290,7 +306,9 @@ def test_errors() -> None:
             "(8, 6, 2, 10), or one that tells the axis of the experts",
         ),
         (
-            lambda: placement_of(0).apply(square, {"v": {"wo_kernel": np.zeros((8, 8))}}),
+            lambda: placement_of(0).apply(
+                square, {"v": {"wo_kernel": np.zeros((8, 8))}}, expert_axes=axis
+            ),
             "optimizer_state: got v/wo_kernel of shape (8, 8), need that of the parameter, (8, "
             "8, 8), or one that tells the axis of the experts",
         ),

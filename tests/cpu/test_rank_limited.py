@@ -185,6 +185,12 @@ def test_all_ranks_are_the_plain_router_bit_for_bit() -> None:
             "ranks_per_node: got 3, need a divisor of the 4 ranks",
         ),
         (TypeError, {"max_nodes": True}, "max_nodes: got True, need an integer of at least 1"),
+        (
+            ValueError,
+            {"router": SigmoidRouter(num_groups=8, groups_kept=2)},
+            "num_ranks: got 4, need a multiple of the router's 8 groups: on a rank with experts of "
+            "two groups tokens would leave those they keep",
+        ),
         (ValueError, {"similarity": np.eye(3)}, "similarity: got shape (3, 3), need (16, 16)"),
         (ValueError, {"similarity": np.ones(3)}, "similarity: got shape (3,), need [E, E]"),
         (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,35 @@ def test_rows_and_assignments_are_those_of_loops(implementation, routing, alignm
             start += length
         assert (plan.source[rank][start:] == -2).all()
     assert not plan.num_dropped.any()
+
+
+def test_backward_repeats_neither_the_plan_nor_its_rows():
+    """With its names saved, remat calls the engine as often as without."""
+    policy = jax.checkpoint_policies.save_only_these_names(*jf.REMAT_SAVE_NAMES)
+    ids = routings.distinct(np.random.default_rng(0), 4, TOKENS, K, EXPERTS)
+    x, kernel = np.ones((4, TOKENS, 3), "f4"), np.ones((4, EXPERTS // 4, 3, 3), "f4")
+
+    def layer(x, ids, kernel):
+        plan = jf.make_plan(
+            ids, axis_name="expert", num_experts=EXPERTS, rows="token", implementation="fused"
+        )
+        rows = jf.dispatch(x, plan)
+        rows = jf.grouped_matmul(rows, kernel, plan.group_sizes, source=plan.source)
+        merge = {"merge": plan.source, "num_rows": plan.capacity}
+        rows = jf.grouped_matmul(jnp.tanh(rows), kernel, plan.group_sizes, **merge)
+        return jf.combine(rows, None, plan)
+
+    def calls(layer):
+        def layers(x, ids, kernel):
+            return jax.lax.scan(lambda x, _: (layer(x, ids, kernel), None), x, None, 2)[0].sum()
+
+        run = per_rank(jax.grad(layers, argnums=(0, 2)), 4)
+        text = run.lower(x, ids, kernel).compile().as_text()
+        return Counter(re.findall(r'custom_call_target="jax_fusco_(\w+)"', text))
+
+    plain, saved = calls(layer), calls(jax.checkpoint(layer, policy=policy))
+    assert saved["plan"] == plain["plan"] > 0
+    assert saved["gather_rows"] == plain["gather_rows"]
 
 
 @both

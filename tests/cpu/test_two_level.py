@@ -299,6 +299,38 @@ def test_in_a_scan_under_remat_as_without_a_topology(implementation, rng):
     jax.tree.map(np.testing.assert_array_equal, two, flat)
 
 
+@both
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_groups_of_a_mesh_cross_in_slices_of_their_own_number(implementation, nodes, rng):
+    """One group stays on its nodes; the other sends every row to the next, in many slices."""
+    sizes = {"data": 2, "node": nodes, "expert": 2}
+    ranks, tokens = 2 * nodes, 5
+    node = np.repeat(np.arange(nodes), 2)
+    experts = np.stack([2 * node, 2 * (node + 1) % ranks])[:, :, None, None]
+    ids = np.broadcast_to(experts, (2, ranks, tokens, 1)).astype(np.int32)
+    x = rng.standard_normal((2, ranks, tokens, 3)).astype("f4")
+    names = ("data", "node", "expert")
+
+    def move(ids, x):
+        plan = jf.make_plan(
+            ids,
+            axis_name=names[1:],
+            num_experts=ranks,
+            topology=two_axes(slice_rows=1),
+            implementation=implementation,
+        )
+        rows = jf.dispatch(x, plan)
+        return rows, jf.combine(rows, None, plan)
+
+    run = sharded(move, make_mesh(sizes), in_specs=P(names), out_specs=P(names))
+    rows, out = run(ids.reshape(-1, 1), x.reshape(-1, 3))
+    for group in range(2):
+        plan = oracle.make_plan(ids[group], ranks)
+        want = oracle.dispatch(x[group], plan)
+        assert_same_bits(rows.reshape(2, *want.shape)[group], want)
+        assert_same_bits(out.reshape(x.shape)[group], oracle.combine(want, None, plan))
+
+
 def test_several_shuffles_in_one_program_without_an_order(rng):
     ids = routings.distinct(rng, 4, 6, 3, 8)
     x = rng.standard_normal((4, 6, 5)).astype("f4")

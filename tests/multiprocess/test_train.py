@@ -95,7 +95,7 @@ def test_two_processes_train_like_one_through_a_stop_and_a_kill(
     assert "text:" not in stopped[1].stdout
     assert "process 1 of 2; process 0, the leader, is on " in stopped[1].stderr
 
-    # A kill: the other says who is missing, within its time-out.
+    # A kill: the other says who is missing, within its timeout.
     with two_processes(text, output, tmp_path / "killed", HEARTBEAT) as job:
         killed = interrupt(job, output, max(step + 3, 23), 1, signal.SIGKILL)
     assert [done.returncode for done in killed] == [1, -signal.SIGKILL], killed
@@ -133,7 +133,7 @@ def test_a_saved_routing_is_what_the_ledger_reads(alone: Path) -> None:
         jax_fusco_command, ["ledger", file, "--ranks-per-node=2", "--row-bytes=128"]
     )
     assert counted.exit_code == 0, counted.output
-    assert "2 nodes of 2 ranks, 64 tokens a rank, rows of 128 bytes: 512 assig" in counted.output
+    assert "2 nodes of 2 ranks, 64 tokens per rank, rows of 128 bytes: 512 assig" in counted.output
     with np.load(file, allow_pickle=False) as routing:
         assert sorted(routing) == ["expert_ids", "layer", "num_experts", "step"]
         assert [int(routing[name]) for name in ("layer", "num_experts", "step")] == [0, 8, STEPS]

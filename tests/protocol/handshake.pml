@@ -11,7 +11,7 @@
  *   pointers   a mover follows only pointers of its own call,
  *   data       a call that reports success read operands that were written, and valid, all the time
  *              (no early read, no late one that is taken for good, no lost error),
- *   recovery   after run 1 every call succeeds while all ranks live, without a single time-out.
+ *   recovery   after run 1 every call succeeds while all ranks live, without a single timeout.
  *
  * Each MUTANT_* takes one rule of the protocol away; the search must then find an error.
  */

@@ -257,6 +257,12 @@ def test_replicas():
     assert after.load_max_over_mean < plain.predict(stats).after.load_max_over_mean - 0.02
 
 
+def test_nothing_is_predicted_from_nothing():
+    stats = jf.RoutingStats.zeros(4, num_samples=1).update(np.array([[0, 1], [2, 3]]))
+    with pytest.raises(ValueError, match=r"^stats: got 2 tokens, need more to predict from$"):
+        jf.Placement.identity(4, 2).predict(stats)
+
+
 def test_predicted_replicas_are_the_nearest_and_take_turns():
     """Tokens of experts 2 and 3, which lie on ranks 2, 3 and on ranks 1, 2, 3."""
     slots = [0, 1, 3, 0, 2, 3, 2, 3]

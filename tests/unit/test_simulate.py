@@ -212,7 +212,7 @@ def test_command(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "out" / "simulate.json").read_text())
     assert [point["gpus"] for point in written["scale"]] == [64, 128, 64, 128]
-    # What docs/hosts.md says of the fit.
+    # What docs/simulator.md says of the fit.
     assert written["fit"]["within"] >= 35
     assert json.loads((tmp_path / "out" / "simulate_rails.json").read_text())
     assert (tmp_path / "out" / "simulate.png").stat().st_size > 1000

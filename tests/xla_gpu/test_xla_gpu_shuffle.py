@@ -113,8 +113,8 @@ def test_calls_go_into_command_buffers(tmp_path):
 
 @pytest.mark.parametrize("num_gpus", [8, 64])
 def test_memory_is_that_of_the_row_buffers(num_gpus, capsys):
-    """Qwen3-30B-A3B's shuffle at 32k tokens a rank. The experts are a stand-in that works in place,
-    so one buffer of rows is needed, and two for gradients."""
+    """Qwen3-30B-A3B's shuffle at 32k tokens per rank. The experts are a stand-in that works in
+    place, so one buffer of rows is needed, and two for gradients."""
     mesh = make_mesh(num_gpus)
     table = Table(title=f"GB of temporaries, {num_gpus} GPUs x 32768 tokens, capacity factor 1.25")
     for column in ("", "forward", "forward and backward"):

@@ -36,7 +36,7 @@ NB_MODULE(_ffi, m) {
       "The address of the cblas_sgemm (with 32-bit integers, on the calling thread alone) that "
       "grouped matmuls use; 0: none.");
   m.def("info", &Info,
-        "What the engine would use now: instruction set, worker threads, time-out in seconds, "
+        "What the engine would use now: instruction set, worker threads, timeout in seconds, "
         "strictness, and whether the system offers huge pages. Raises ValueError where an "
         "environment variable makes no sense.");
 }
