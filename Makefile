@@ -12,6 +12,7 @@ BENCH_ARGS ?=
 QUIET ?= -qq
 # The engine of NVIDIA GPUs: ON, OFF, or AUTO (if nvcc is found).
 CUDA ?= OFF
+BUILD_ARGS ?=
 
 BIN := $(VENV)/bin
 NATIVE := $(shell find CMakeLists.txt cmake xla_ffi -type f)
@@ -26,14 +27,15 @@ help:  ## list the rules
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 # The package is built once, in isolation, and again when C++ or the build changes; Python edits need nothing.
+# What the compilers say is in build.log.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(QUIET) --upgrade "pip>=25.1"
 
 $(VENV)/.package: pyproject.toml $(NATIVE) | $(BIN)/python
 	@echo "Building and installing jax_fusco into $(VENV): a minute or two"
-	$(BIN)/python -m pip install $(QUIET) --config-settings=cmake.define.JAX_FUSCO_CUDA=$(CUDA) \
-	  "$(JAX)" --editable .
+	@$(BIN)/python -m pip install -v --config-settings=cmake.define.JAX_FUSCO_CUDA=$(CUDA) $(BUILD_ARGS) \
+	  "$(JAX)" --editable . > $(VENV)/build.log 2>&1 || (tail -n 100 $(VENV)/build.log; false)
 	@touch $@
 
 # Tools (pyproject's dependency groups) need no built package.
@@ -71,11 +73,9 @@ protocol: $(VENV)/.extra-test  ## the handshake of GPUs, in all interleavings; w
 
 # No GPU is needed: nvcc compiles the kernels, and the real XLA:GPU programs that call them.
 cuda: CUDA := ON
-cuda: $(VENV)/.extra-test $(VENV)/.group-native  ## wants nvcc, VENV=.venv-cuda JAX='jax[cuda13]' and Python 3.12
-	$(BIN)/cmake -S . -B _skbuild/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DJAX_FUSCO_MODULES=OFF -DJAX_FUSCO_CUDA=ON -DJAX_FUSCO_GPU_TESTS=ON --log-level=WARNING
-	$(BIN)/cmake --build _skbuild/cuda --clean-first > _skbuild/cuda.log || (tail -n 100 _skbuild/cuda.log; false)
-	$(BIN)/python tools/ptxas_report.py _skbuild/cuda.log
+cuda: BUILD_ARGS := --config-settings=cmake.define.JAX_FUSCO_GPU_TESTS=ON
+cuda: $(VENV)/.extra-test  ## wants nvcc, VENV=.venv-cuda JAX='jax[cuda13]' and Python 3.12
+	$(BIN)/python tools/ptxas_report.py $(VENV)/build.log
 	$(BIN)/python -m pytest tests/xla_gpu tests/multiprocess/test_store.py
 	$(BIN)/jax-fusco doctor
 
