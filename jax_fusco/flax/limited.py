@@ -21,7 +21,8 @@ class RankLimitedRouter:
 
     Experts lie as a plan has them, `num_experts // num_ranks` consecutive ones a rank: apply a
     placement to the parameters first (`Placement.apply`). A token whose ranks have fewer experts
-    than it wants goes to fewer. The second choice is by scores alone, without a balance bias.
+    than it wants goes to fewer. A router that keeps groups of experts needs ranks that lie within
+    one. The second choice is by scores alone, without a balance bias.
 
     Example::
 
