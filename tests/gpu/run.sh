@@ -2,13 +2,17 @@
 # Builds, tests and times everything that needs a GPU, on a machine with CUDA 13, jax[cuda13] and
 # one GPU; nothing is fetched. From anywhere:
 #
-#   tests/gpu/run.sh [STEP...]        all steps, or those named (--list names them)
+#   tests/gpu/run.sh              all steps in the order of --list: what measures before what repeats
+#   tests/gpu/run.sh STEP...      those, with what an earlier run has built
+#   tests/gpu/run.sh --continue   those that no earlier run came to; what it measured is kept
 #
-# Each step has a time limit, and all together have BUDGET seconds (default 460); a failed step does
-# not stop the next ones. Everything lands in $OUT (default runs/gpu): log.txt with all output,
-# summary.txt, the measurements as JSON, a picture. The exit status is that of the worst step.
-# Other settings: PYTHON, BUILD (folder), ARCHITECTURES (90), JOBS, LIMIT_SCALE (percent, for
-# machines that are slower).
+# Each step has a time limit, and all together have BUDGET seconds (default 590); a failed step does
+# not stop the next ones. Up to api_graphs it should be eight minutes with 16 cores. Everything lands
+# in $OUT (default runs/gpu): log.txt with all output, summary.txt, the measurements as JSON, a
+# picture. What later runs need stays in $BUILD and, the modules, in jax_fusco/. The exit status is
+# that of the worst step.
+# Other settings: PYTHON, BUILD (folder), ARCHITECTURES (90), JOBS, WORKERS (processes of the tests
+# through JAX), LIMIT_SCALE (percent, for machines that are slower).
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 
@@ -17,15 +21,17 @@ BUILD=${BUILD:-_skbuild/gpu}
 OUT=${OUT:-runs/gpu}
 ARCHITECTURES=${ARCHITECTURES:-90}
 JOBS=${JOBS:-$(nproc)}
-BUDGET=${BUDGET:-460}
+WORKERS=${WORKERS:-6}
+BUDGET=${BUDGET:-590}
 LIMIT_SCALE=${LIMIT_SCALE:-100}
+MEASURED=$BUILD/measured
 PROGRAMS=$BUILD/tests/gpu
 GRAPHS="--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
 NO_GRAPHS="--xla_gpu_enable_command_buffer="
 
-mkdir -p "$OUT"
+mkdir -p "$OUT" "$MEASURED"
 OUT=$(cd "$OUT" && pwd)
-export OUT BUILD PYTHON ARCHITECTURES JOBS
+export OUT BUILD PYTHON ARCHITECTURES JOBS WORKERS
 export PATH=$PATH:/usr/local/cuda/bin
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
@@ -43,19 +49,22 @@ configure() {  # options...
     -DCMAKE_CUDA_FLAGS=-lineinfo "$@"
 }
 
-# The programs first: they need no Python.
+# All at once, which takes little longer than the slowest file; one that does not compile stops no
+# other. Where Python has not what the modules need, the programs alone.
 build() {
-  configure -DJAX_FUSCO_MODULES=OFF && cmake --build "$BUILD" --parallel "$JOBS"
+  local keep_going=-k
+  command -v ninja > /dev/null && keep_going=-k0
+  configure -DJAX_FUSCO_MODULES=ON \
+    -DPython_EXECUTABLE="$($PYTHON -c 'import sys; print(sys.executable)')" ||
+    configure -DJAX_FUSCO_MODULES=OFF || return
+  cmake --build "$BUILD" --parallel "$JOBS" -- $keep_going
 }
 
 # Into the tree, where PYTHONPATH finds them. Modules that are there already are used where these
-# cannot be built.
+# were not built.
 modules() {
-  if configure -DJAX_FUSCO_MODULES=ON -DPython_EXECUTABLE="$($PYTHON -c 'import sys; print(sys.executable)')" &&
-    cmake --build "$BUILD" --parallel "$JOBS"; then
-    cmake --install "$BUILD" --prefix . || return
-  else
-    echo "The modules do not build here."
+  if ! cmake --install "$BUILD" --prefix .; then
+    echo "The modules were not built here."
     ls jax_fusco/*.so || return
   fi
   $PYTHON -c '
@@ -69,34 +78,42 @@ doctor() { $PYTHON -c 'from jax_fusco.cli import main; main(["doctor"])'; }
 kernels() { "$PROGRAMS/test_kernels"; }
 handshake() { "$PROGRAMS/gpu_handshake"; }
 
-# tests/conftest.py is for CPU devices. Another JAX than CI's may warn of something.
+# tests/conftest.py is for CPU devices. Another JAX than CI's may warn of something. Several processes
+# share a GPU: none may take all its memory. Products of float32 are of float32.
 gpu_pytest() {
-  $PYTHON -m pytest --confcutdir=tests/gpu -p no:cacheprovider -W default -q --durations=5 "$@"
+  XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DEFAULT_MATMUL_PRECISION=highest \
+    $PYTHON -m pytest --confcutdir=tests/gpu -p no:cacheprovider -W default -q --durations=5 "$@"
 }
-api() { gpu_pytest tests/gpu --ignore=tests/gpu/test_processes.py; }
+# Most of their time goes to compiling, one program on one core. Ranks on several GPUs wait for each
+# other, and with them whoever else is there.
+api() {
+  local workers=()
+  if [ "$(nvidia-smi -L | wc -l)" = 1 ] && $PYTHON -c 'import xdist' 2> /dev/null; then
+    workers=(-n "$WORKERS")
+  fi
+  gpu_pytest ${workers[@]+"${workers[@]}"} tests/gpu --ignore=tests/gpu/test_processes.py
+}
 api_graphs() { XLA_FLAGS=$GRAPHS api; }
-processes() {
-  # Several processes on one GPU: none may take all its memory.
-  XLA_PYTHON_CLIENT_PREALLOCATE=false gpu_pytest tests/gpu/test_processes.py
-}
+processes() { gpu_pytest tests/gpu/test_processes.py; }
 
 sanitizer() { compute-sanitizer --error-exitcode 9 --print-limit 20 "$@" "$PROGRAMS/test_kernels" --small; }
 memcheck() { sanitizer --tool memcheck; }
 racecheck() { sanitizer --tool racecheck; }
 
-bench_kernels() { "$PROGRAMS/bench_kernels" "$OUT/kernels.json" "${ROUNDS:-11}"; }
+bench_kernels() { "$PROGRAMS/bench_kernels" "$MEASURED/kernels.json" "${ROUNDS:-11}"; }
 bench_jax() {  # label, JSON, XLA_FLAGS
-  XLA_FLAGS=$3 $PYTHON benchmarks/gpu/bench_jax.py measure --label "$1" --out "$OUT/$2" --budget 55
+  XLA_FLAGS=$3 $PYTHON benchmarks/gpu/bench_jax.py measure --label "$1" --out "$MEASURED/$2" \
+    --budget 150
 }
 bench_jax_plain() { bench_jax "no CUDA graphs" jax.json "$NO_GRAPHS"; }
 bench_jax_graphs() { bench_jax "CUDA graphs" jax_graphs.json "$GRAPHS"; }
 picture() {
   local found=()
   for name in jax.json jax_graphs.json; do
-    [ -e "$OUT/$name" ] && found+=("$OUT/$name")
+    [ -e "$MEASURED/$name" ] && found+=("$MEASURED/$name")
   done
-  $PYTHON benchmarks/gpu/bench_jax.py show --picture "$OUT/gpu.png" --kernels "$OUT/kernels.json" \
-    ${found[@]+"${found[@]}"}
+  $PYTHON benchmarks/gpu/bench_jax.py show --picture "$MEASURED/gpu.png" \
+    --kernels "$MEASURED/kernels.json" ${found[@]+"${found[@]}"}
 }
 
 # name, seconds it may take
@@ -105,17 +122,17 @@ machine 30
 build 200
 kernels 130
 handshake 45
-modules 120
-doctor 30
-api 110
-api_graphs 110
-processes 90
-memcheck 80
-racecheck 80
-bench_kernels 100
-bench_jax_plain 85
-bench_jax_graphs 85
+bench_kernels 110
+modules 40
+api 120
+bench_jax_plain 190
+bench_jax_graphs 190
 picture 30
+processes 150
+api_graphs 120
+memcheck 100
+racecheck 100
+doctor 30
 "
 
 if [ "${1:-}" = --step ]; then  # a step runs in a shell of its own, which can be ended
@@ -126,18 +143,30 @@ if [ "${1:-}" = --list ]; then
   awk 'NF { print $1 }' <<< "$STEPS"
   exit
 fi
+FINISHED=$BUILD/finished  # the steps that a run came to, whatever became of them
+continued=no
+if [ "${1:-}" = --continue ]; then
+  continued=yes
+  shift
+elif [ $# = 0 ]; then
+  rm -rf "$FINISHED" "${MEASURED:?}"/*
+fi
+touch "$FINISHED"
 for wanted in "$@"; do
   grep -q "^$wanted " <<< "$STEPS" || { echo "run.sh: no step $wanted; see --list" >&2; exit 2; }
 done
 
 worst=0
-: > "$OUT/log.txt"
-printf '%-18s %-10s %s\n' step result seconds > "$OUT/summary.txt"
+if [ $continued = no ] || [ ! -e "$OUT/summary.txt" ]; then
+  : > "$OUT/log.txt"
+  printf '%-18s %-10s %s\n' step result seconds > "$OUT/summary.txt"
+fi
 note() { printf '%-18s %-10s %s\n' "$@" | tee -a "$OUT/summary.txt"; }
 
 while read -r name limit; do
   [ -n "$name" ] || continue
   case " ${*:-$name} " in *" $name "*) ;; *) continue ;; esac
+  [ $continued = no ] || ! grep -qx "$name" "$FINISHED" || continue
   limit=$((limit * LIMIT_SCALE / 100))
   left=$((BUDGET - SECONDS))
   if [ "$left" -lt 5 ]; then
@@ -145,13 +174,16 @@ while read -r name limit; do
     worst=1
     continue
   fi
-  [ "$limit" -lt "$left" ] || limit=$left
+  cut=no
+  [ "$limit" -le "$left" ] || { limit=$left; cut=yes; }
   begin=$SECONDS
   printf '\n===== %s\n' "$name" >> "$OUT/log.txt"
   at=$(wc -l < "$OUT/log.txt")
-  timeout --kill-after=10 "$limit" "$BASH" tests/gpu/run.sh --step "$name" \
+  timeout --kill-after=5 "$limit" "$BASH" tests/gpu/run.sh --step "$name" \
     < /dev/null >> "$OUT/log.txt" 2>&1
   status=$?
+  cp "$MEASURED"/* "$OUT/" 2> /dev/null
+  case $cut$status in yes124 | yes137) ;; *) echo "$name" >> "$FINISHED" ;; esac
   case $status in
     0) note "$name" ok $((SECONDS - begin)) ;;
     124 | 137) note "$name" "too long" $((SECONDS - begin)) ;;
