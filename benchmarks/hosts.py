@@ -242,11 +242,14 @@ def main(processes: int, devices: int, out: Path | None, **sizes: int) -> None:
         return
     title = f"{processes} processes x {devices} devices x {sizes['tokens']} tokens, median"
     report(found, title)
-    middle = {op: statistics.median(times) for op, times in found["two levels"].items()}
-    alone, part = middle["plan"], middle["forward"] - middle["moves"]
+    ours = found["two levels"]
+    whole = statistics.median(ours["forward"]) / 100
+    within = [a - b for a, b in zip(ours["forward"], ours["moves"], strict=True)]
+    low, middle, high = statistics.quantiles(within, n=4) if repeats > 1 else within * 3
     print(
-        f"planning takes {100 * alone / middle['forward']:.1f} % of plan, dispatch and combine in "
-        f"a call of its own, {100 * part / middle['forward']:.1f} % within one"
+        f"planning takes {statistics.median(ours['plan']) / whole:.1f} % of plan, dispatch and "
+        f"combine in a call of its own; within one, by what a round takes less without it, "
+        f"{middle / whole:.1f} % ({low / whole:.1f} to {high / whole:.1f}, quartiles)"
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
