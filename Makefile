@@ -13,6 +13,11 @@ QUIET ?= -qq
 # The engine of NVIDIA GPUs: ON, OFF, or AUTO (if nvcc is found).
 CUDA ?= OFF
 BUILD_ARGS ?=
+ifneq ($(filter cuda,$(MAKECMDGOALS)),)  # builds with the package the programs that test and time kernels
+CUDA := ON
+BUILD_ARGS += --config-settings=cmake.define.JAX_FUSCO_GPU_TESTS=ON
+BUILT_TESTS := $(shell find tests/gpu benchmarks/gpu -type f)
+endif
 
 BIN := $(VENV)/bin
 NATIVE := $(shell find CMakeLists.txt cmake xla_ffi -type f)
@@ -32,7 +37,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(QUIET) --upgrade "pip>=25.1"
 
-$(VENV)/.package: pyproject.toml $(NATIVE) | $(BIN)/python
+$(VENV)/.package: pyproject.toml $(NATIVE) $(BUILT_TESTS) | $(BIN)/python
 	@echo "Building and installing jax_fusco into $(VENV): a minute or two"
 	@$(BIN)/python -m pip install -v --config-settings=cmake.define.JAX_FUSCO_CUDA=$(CUDA) $(BUILD_ARGS) \
 	  "$(JAX)" --editable . > $(VENV)/build.log 2>&1 || (tail -n 100 $(VENV)/build.log; false)
@@ -72,8 +77,6 @@ protocol: $(VENV)/.extra-test  ## the handshake of GPUs, in all interleavings; w
 	$(BIN)/python -m pytest tests/protocol
 
 # No GPU is needed: nvcc compiles the kernels, and the real XLA:GPU programs that call them.
-cuda: CUDA := ON
-cuda: BUILD_ARGS := --config-settings=cmake.define.JAX_FUSCO_GPU_TESTS=ON
 cuda: $(VENV)/.extra-test  ## wants nvcc, VENV=.venv-cuda JAX='jax[cuda13]' and Python 3.12
 	$(BIN)/python tools/ptxas_report.py $(VENV)/build.log
 	$(BIN)/python -m pytest tests/xla_gpu tests/multiprocess/test_store.py

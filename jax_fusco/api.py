@@ -435,7 +435,8 @@ def _choose(implementation: Implementation, axis: Axis, *, reached: bool = False
         # GPUs: the engine must be asked for by name until runs on GPUs have shown it.
         if mesh.platform() != "cpu" or _why_not("fused", axis) is not None:
             return "xla"
-        return "fused" if reached or jax.process_count() == 1 else "xla"
+        reached = reached or not axis.names or jax.process_count() == 1
+        return "fused" if reached else "xla"
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, tuple | list):
         names = (implementation,)

@@ -67,12 +67,6 @@ class Axis:
             return x
         return lax.all_to_all(x, self.names, 0, 0, axis_index_groups=self.subgroups)
 
-    def swap(self, x: jax.Array) -> jax.Array:
-        """The other rank's `x`, of two."""
-        # No ppermute: on CPU devices it waits for those of all groups, which may exchange another
-        # number of slices.
-        return self.all_gather(x)[1 - self.rank()]
-
 
 def expert_axis(axis_name: AxisName) -> Axis:
     """The Axis that `axis_name` names here; ValueError where it is not bound.

@@ -201,7 +201,8 @@ class Placement:
 
         Args:
           model_state: any pytree with the parameters of `jax_fusco.flax.MoE` under their names, as
-            `nnx.state(model)` gives it; stacked layers have one leading axis more.
+            `nnx.state(model)` gives it; stacked layers have one leading axis more. A block of
+            experts is what has both a `wi_kernel` and a `wo_kernel`.
           optimizer_state: any pytree whose moments lie under the same paths, or None.
           expert_axes: for other names than `MoE`'s: the axis of the experts, counted from the end
             (-1 is the last; a router's kernel `[d, E]` has -1, a kernel `[E, d, h]` has -3).

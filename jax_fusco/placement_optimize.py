@@ -37,7 +37,7 @@ def optimize_placement(
 ) -> Placement:
     """Finds which experts should share a rank, for each layer of the statistics.
 
-    It minimises the distinct ranks per token touches (and, with nodes, `NODE_WEIGHT` times the
+    It minimises the distinct ranks a token touches (and, with nodes, `NODE_WEIGHT` times the
     distinct nodes) over today's, plus `load_weight` times the load of the fullest rank over the
     mean. Every rank gets equally many experts. A layer stays as it is where less than 1 % of that
     sum is to be gained, counted on tokens the search did not see, and beyond what chance explains.

@@ -1,4 +1,4 @@
-"""What a placement changes: ranks and nodes per token touches, bytes by link, load of the ranks."""
+"""What a placement changes: ranks and nodes a token touches, bytes by link, load of the ranks."""
 
 from __future__ import annotations
 

@@ -32,33 +32,41 @@ def apply(
     """See `Placement.apply`."""
     axes = {**ROUTER_AXES, **EXPERT_AXES, **(expert_axes or {})}
     paths, leaves, tree = _flatten(model_state)
+    # An attention may have a wo_kernel too, of as many heads as there are experts.
     blocks = {path[:-1] for path in paths if path and path[-1] == "wi_kernel"}
     blocks &= {path[:-1] for path in paths if path and path[-1] == "wo_kernel"}
+    sure = {*ROUTER_AXES, *(expert_axes or ())}
     owned = {
         path: leaf
         for path, leaf in zip(paths, leaves, strict=True)
-        if _name(path, axes) and (path[-1] in (expert_axes or ()) or path[:-1] in blocks)
+        if _name(path, axes) and (path[-1] in sure or path[:-1] in blocks)
     }
     if not owned:
         raise ValueError(
-            "model_state: got no block with a wi_kernel and a wo_kernel, need one, or expert_axes "
-            "with the names of other parameters"
+            "model_state: got no router_kernel, and no block with a wi_kernel and a wo_kernel, "
+            "need one, or expert_axes with the names of other parameters"
         )
     for path, leaf in owned.items():
         _check_axis(path, leaf.shape, axes[path[-1]], placement.num_experts)
     layer_of = _layers(placement, owned, axes)
-    moves = [_move(placement, path, layer_of, axes) for path in paths]
+    moves = [_move(placement, path, layer_of, axes) if path in owned else None for path in paths]
     steps: list[tuple[Any, Any]] = list(zip(leaves, moves, strict=True))
     there = len(steps)
     optimizer_tree = None
     if optimizer_state is not None:
         moment_paths, moments, optimizer_tree = _flatten(optimizer_state)
-        others = set(paths) - set(owned)
+        known = set(paths)
         for path, moment in zip(moment_paths, moments, strict=True):
-            if any(path[at:] in others for at in range(len(path))):
-                steps.append((moment, None))
-            else:
-                steps.append((moment, _moment_move(placement, path, moment, owned, layer_of, axes)))
+            of = next((path[at:] for at in range(len(path)) if path[at:] in known), path)
+            move = None
+            if of in owned:
+                move = _moment_move(placement, path, moment, of, owned, layer_of, axes)
+            elif of not in known and _name(path, axes):
+                raise ValueError(
+                    f"optimizer_state: got {_spell(path)}, need a parameter of that name in "
+                    "model_state"
+                )
+            steps.append((moment, move))
     moved = [leaf if move is None else _take(leaf, *move) for leaf, move in steps]
     new_state = tree.unflatten(moved[:there])
     return new_state, None if optimizer_tree is None else optimizer_tree.unflatten(moved[there:])
@@ -122,8 +130,6 @@ def _move(
     placement: Placement, path: Path, layer_of: Mapping[Path, int | None], axes: Mapping[str, int]
 ) -> tuple[Any, int] | None:
     """(index [slots] or [layers, slots], axis from the end), or None where nothing moves."""
-    if not _name(path, axes) or path[:-1] not in layer_of:
-        return None
     if placement.has_replicas and path[-1] in ROUTER_AXES:
         return None  # the router goes on speaking of experts
     layer = layer_of[path[:-1]]
@@ -135,18 +141,12 @@ def _moment_move(
     placement: Placement,
     path: Path,
     moment: Any,
+    owner: Path,
     owned: Mapping[Path, Any],
     layer_of: Mapping[Path, int | None],
     axes: Mapping[str, int],
 ) -> tuple[Any, int] | None:
     """The move of the parameter that a moment belongs to, along the moment's own axis."""
-    if not _name(path, axes):
-        return None
-    owner = next((path[at:] for at in range(len(path)) if path[at:] in owned), None)
-    if owner is None:
-        raise ValueError(
-            f"optimizer_state: got {_spell(path)}, need a parameter of that name in model_state"
-        )
     move = _move(placement, owner, layer_of, axes)
     param, shape = owned[owner].shape, tuple(moment.shape)
     if move is None or int(np.prod(shape)) == 1:

@@ -39,14 +39,15 @@ def limit_ranks(
     Source: collaboration pruning of Occult (arXiv 2505.13345).
 
     Args:
-      expert_ids: the router's choice, -1 for none; distinct in a row.
+      expert_ids: the router's choice, -1 for none; distinct in a row. Ids that are no expert's
+        become -1.
       weights: of the choice, in proportion to its scores, as every router of `jax_fusco.flax` has
         them (top-k then softmax: to the softmax over all experts).
       scores: of all experts, positive; the result is differentiable in them and in `weights`.
       placement: where experts live, in the ids of `expert_ids`: after `Placement.apply` that is
         `Placement.identity`. One layer's, without replicas.
       max_ranks: N, at least 1.
-      max_nodes: the most nodes per token may touch; None: as many as ranks.
+      max_nodes: the most nodes a token may touch; None: as many as ranks.
       method: "router" or "similarity".
       similarity: how alike two experts are, `[E, E]`; see `router_similarity`.
       renormalize: True: the new weights have the sum of the old; False: the same factor on scores.

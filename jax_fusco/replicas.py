@@ -95,9 +95,6 @@ def nearest(
     return order, jnp.cumsum(copies, dtype=jnp.int32) - copies, copies
 
 
-_nearest = jax.jit(nearest, static_argnums=(1, 3, 4))
-
-
 def slots_of_rank(
     placement: Placement, ids: np.ndarray, rank: int, ranks_per_node: int
 ) -> np.ndarray:
@@ -115,10 +112,15 @@ def slots_of_rank(
 
 
 def nearest_slots(placement: Placement, rank: int, ranks_per_node: int) -> tuple[np.ndarray, ...]:
-    """`nearest` in NumPy, outside of jit."""
+    """`nearest` in NumPy."""
     slots, experts = np.asarray(placement.expert_of_slot), placement.num_experts
-    found = _nearest(slots, experts, rank, placement.num_ranks, ranks_per_node)
-    return tuple(map(np.asarray, found))
+    owner = np.arange(len(slots)) // placement.num_slots
+    far = (owner != rank) + 1 * (owner // ranks_per_node != rank // ranks_per_node)
+    least = np.full(experts, 2)
+    np.minimum.at(least, slots, far)
+    near = np.flatnonzero(far == least[slots])
+    copies = np.bincount(slots[near], minlength=experts)
+    return near[np.argsort(slots[near], kind="stable")], np.cumsum(copies) - copies, copies
 
 
 def _turns(implementation: str, ids: Array, expert: Array, experts: int) -> Array:

@@ -54,12 +54,7 @@ class _Slices:
 
     @property
     def blocks(self) -> int:
-        """Blocks of a slice: all, or for a dense exchange the one for the other of two nodes."""
-        return 1 if self.levels.node.size == 2 and not self.ragged else self.levels.node.size
-
-    def place(self, node: Array) -> Array:
-        """The block of a node in a slice."""
-        return node if self.blocks > 1 else jnp.zeros_like(node)
+        return self.levels.node.size
 
     @property
     def block(self) -> int:
@@ -69,12 +64,8 @@ class _Slices:
     def cut(self, blocks: Array, index: Array, empty: int) -> Array:
         """Slice `index` of `blocks [N, T, ...]`, as `[blocks * rows, ...]`; `empty` for this
         node."""
-        here = self.levels.node.rank()
-        if self.blocks == 1:
-            blocks = lax.dynamic_slice_in_dim(blocks, 1 - here, 1)
-        else:
-            node = jnp.arange(blocks.shape[0]).reshape((-1,) + (1,) * (blocks.ndim - 1))
-            blocks = jnp.where(node == here, empty, blocks)
+        node = jnp.arange(blocks.shape[0]).reshape((-1,) + (1,) * (blocks.ndim - 1))
+        blocks = jnp.where(node == self.levels.node.rank(), empty, blocks)
         missing = [(0, 0)] * blocks.ndim
         missing[1] = (0, self.block - blocks.shape[1])
         blocks = jnp.pad(blocks, missing, constant_values=empty)
@@ -84,9 +75,7 @@ class _Slices:
     def cross(self, part: Array, index: Array, home: bool) -> Array:
         """Exchanges the blocks of slice `index` with their nodes; `home`: from forwarders."""
         words = to_words(part)
-        if self.blocks == 1:
-            crossed = self.levels.node.swap(words)
-        elif self.ragged:
+        if self.ragged:
             crossed = self._cross_ragged(words, index, home)
         else:
             blocks = words.reshape((self.blocks, self.rows, *words.shape[1:]))
@@ -175,7 +164,7 @@ def gather_rows(call: Call, rows: Arrays, crossing: Crossing) -> Arrays:
 
     def forward(i: Array, arrived: Arrays, moved: Arrays) -> Arrays:
         now = filled & ~near & (row // slices.rows == i)
-        source = jnp.where(now, slices.place(from_node) * slices.rows + row % slices.rows, -2)
+        source = jnp.where(now, from_node * slices.rows + row % slices.rows, -2)
         return gather(arrived, crossing.from_rank, source, into=moved)
 
     return slices.run(pack, forward, moved)
@@ -210,7 +199,7 @@ def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing)
     words = jnp.dtype(f"uint{8 * jnp.dtype(wire).itemsize}")
     returned = jnp.zeros((slices.blocks, slices.block, *y.shape[1:]), words)
     (returned,) = slices.run(partial_sums, keep, (returned,), home=True)
-    block = slices.place(jnp.arange(nodes, dtype=jnp.int32)) * slices.block
+    block = jnp.arange(nodes, dtype=jnp.int32) * slices.block
     at = jnp.where(crossing.rail_row >= 0, block + crossing.rail_row, -1)
     returned = from_words(returned, wire).reshape((slices.blocks * slices.block, *y.shape[1:]))
     others = reduce(returned, None, crossing.rail, at, out_dtype=accumulator)

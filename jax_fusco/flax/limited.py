@@ -34,7 +34,7 @@ class RankLimitedRouter:
     Attributes:
       router: the router it limits.
       num_ranks: R.
-      max_ranks: N, the most ranks per token goes to.
+      max_ranks: N, the most ranks a token goes to.
       ranks_per_node, max_nodes: nodes of consecutive ranks, and the most of them; None: one node,
         and no limit.
       similarity: `[E, E]` of `router_similarity`, kept as nested tuples; None: method "router".
@@ -81,7 +81,8 @@ class RankLimitedRouter:
         whole("max_ranks", self.max_ranks, 1)
         check_node(self.ranks_per_node, ranks)
         groups = getattr(self.router, "num_groups", 1)
-        if getattr(self.router, "groups_kept", 1) < groups and ranks % groups:
+        kept = getattr(self.router, "groups_kept", 1)
+        if kept < groups and ranks % groups and self.max_ranks < ranks:
             raise ValueError(
                 f"num_ranks: got {ranks}, need a multiple of the router's {groups} groups: on a "
                 "rank with experts of two groups tokens would leave those they keep"

@@ -371,17 +371,20 @@ def test_inside_a_partly_manual_shard_map_it_opens_the_other_axes() -> None:
 
 @AXIS_TYPES
 def test_gradients_inside_an_untracked_partly_manual_shard_map(axis_type: AxisType) -> None:
-    """Data parallel by hand; with tracking JAX cannot compile such gradients (docs/flax.md)."""
+    """Data parallel by hand; with tracking JAX cannot compile such gradients (docs/flax.md).
+
+    What the block sums over "data" comes back twice, by the untracked transpose of the sum.
+    """
     mesh = make_mesh({"data": 2, "expert": 2}, axis_type=axis_type)
     moe, x = block(), tokens_of(8, 12)
     graph, params = nnx.split(moe)
 
-    def loss(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    def loss(params: Any, x: jax.Array, share: float = 1) -> tuple[jax.Array, Any]:
         y, metrics = nnx.merge(graph, params)(x)
-        return jnp.square(y).sum(), metrics
+        return jnp.square(y).sum() + share * metrics.load_balance_loss, metrics
 
     def local(params: Any, x: jax.Array) -> Any:
-        gradients, metrics = jax.grad(loss, has_aux=True)(params, x)
+        gradients, metrics = jax.grad(loss, has_aux=True)(params, x, 0.5)
         return jax.lax.psum(gradients, "data"), metrics
 
     want, wanted_metrics = jax.grad(loss, has_aux=True)(params, x)

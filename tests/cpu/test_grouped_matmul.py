@@ -375,7 +375,7 @@ def test_default_is_blas_on_cpu_devices():
     ("changes", "message"),
     [
         ({"sizes": [2, -1]}, "group_sizes[1] is -1, it must be at least 0."),
-        ({"sizes": [2, 9]}, "group_sizes add up to 11, there are 4 rows."),
+        ({"sizes": [2, 9]}, "group_sizes add up to 11, there are 4 assignments."),
         ({"source": [0, 1, 4, 0]}, "source[2] is 4, which does not exist (of 4 rows)."),
         ({"merge": [0, 9, 0, 0]}, "merge[1] is 9, which does not exist (of 2 rows)."),
     ],

@@ -257,6 +257,20 @@ def test_other_blocks_with_the_same_names_stay() -> None:
         )
 
 
+def test_a_router_moves_wherever_it_lies() -> None:
+    """Beside experts of other names, and in another part of the state, with its moments."""
+    gate = {"router_kernel": np.arange(24.0).reshape(3, 8)}
+    experts = {"w13": np.arange(16.0).reshape(8, 2)}
+    placement = placement_of(5)
+    slots = placement.expert_of_slot
+    for state in ({"moe": {**gate, **experts}}, {"gate": gate, "moe": experts}):
+        moved, moments = placement.apply(state, {"mu": state}, expert_axes={"w13": -2})
+        for found in (moved, moments["mu"]):
+            (kernel,) = (v["router_kernel"] for v in found.values() if "router_kernel" in v)
+            np.testing.assert_array_equal(kernel, gate["router_kernel"][:, slots])
+            np.testing.assert_array_equal(found["moe"]["w13"], experts["w13"][slots])
+
+
 def test_replicas_copy_experts_and_leave_the_router() -> None:
     slots = [0, 1, 2, 3, 4, 5, 6, 7, 1, 1, 0, 2]
     placement = jf.Placement.of_slots(slots, num_experts=8, num_ranks=4)
@@ -284,8 +298,8 @@ def test_errors() -> None:
     cases = [
         (
             lambda: placement_of(0).apply({"kernel": 1}),
-            "model_state: got no block with a wi_kernel and a wo_kernel, need one, or expert_axes "
-            "with the names of other parameters",
+            "model_state: got no router_kernel, and no block with a wi_kernel and a wo_kernel, "
+            "need one, or expert_axes with the names of other parameters",
         ),
         (
             lambda: other.apply(state),

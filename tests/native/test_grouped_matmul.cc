@@ -313,7 +313,7 @@ void RefusesWhatDoesNotFit() {
   };
   const std::string name = "jax_fusco_grouped_matmul: ";
   CHECK_EQ(run({-1, 2}, {}, {}), name + "group_sizes[0] is -1, it must be at least 0.");
-  CHECK_EQ(run({3, 2}, {}, {}), name + "group_sizes add up to 5, there are 4 rows.");
+  CHECK_EQ(run({3, 2}, {}, {}), name + "group_sizes add up to 5, there are 4 assignments.");
   CHECK_EQ(run({2, 1}, {0, 0, 4, 9}, {}),
            name + "source[2] is 4, which does not exist (of 4 rows).");
   CHECK_EQ(run({2, 1}, {}, {0, 7, 0, 9}),

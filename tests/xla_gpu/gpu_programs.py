@@ -31,12 +31,12 @@ def make_mesh(num_gpus: int) -> Mesh:
     return topologies.make_mesh(topology, (num_gpus,), ("expert",))
 
 
-def make_node_mesh() -> Mesh:
-    """Eight servers of eight H100s, an axis for each level."""
+def make_node_mesh(nodes: int = 8) -> Mesh:
+    """Servers of eight H100s, an axis for each level."""
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text(), topology=TOPOLOGIES[64]
+        platform="cuda", target_config=TARGET.read_text(), topology=f"{nodes}x1x8"
     )
-    return topologies.make_mesh(topology, (8, 8), ("node", "expert"))
+    return topologies.make_mesh(topology, (nodes, 8), ("node", "expert"))
 
 
 @dataclasses.dataclass(frozen=True)

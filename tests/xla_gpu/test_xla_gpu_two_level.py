@@ -17,13 +17,12 @@ TOKENS, WIDTH = 4096, 2048
 
 @pytest.fixture(scope="module")
 def programs():
-    """Compiled forward and backward, by name."""
-    mesh = make_node_mesh()
-    layer = Layer(64, topology=jf.Topology())
-    return {
-        name: compiled(program(layer, mesh), layer.arguments(mesh))
-        for name, program in (("forward", forward), ("train", train))
-    }
+    """Compiled forward and backward, by name; forward also for two servers."""
+    found = {}
+    for name, program, nodes in (("forward", forward, 8), ("train", train, 8), ("two", forward, 2)):
+        mesh, layer = make_node_mesh(nodes), Layer(8 * nodes, topology=jf.Topology())
+        found[name] = compiled(program(layer, mesh), layer.arguments(mesh))
+    return found
 
 
 def bodies_with_exchanges(text):
@@ -41,6 +40,7 @@ def bodies_with_exchanges(text):
     ("name", "movers"),
     [
         ("forward", [{"gather_rows": 2}, {"reduce_rows": 1}]),
+        ("two", [{"gather_rows": 2}, {"reduce_rows": 1}]),
         ("train", [{"gather_rows": 2}, {"gather_rows": 2}, {"reduce_rows": 1}, {"reduce_rows": 1}]),
     ],
 )
@@ -58,7 +58,7 @@ def test_a_slice_crosses_while_its_neighbours_are_packed_and_forwarded(programs,
     assert sorted(between, key=str) == sorted(movers, key=str)
 
 
-@pytest.mark.parametrize("name", ["forward", "train"])
+@pytest.mark.parametrize("name", ["forward", "train", "two"])
 def test_nothing_else_goes_over_the_slow_link(programs, name):
     """All-to-alls over nodes alone. Inside a node the engine exchanges all there is."""
     text = programs[name].as_text()
@@ -98,7 +98,7 @@ def test_memory_is_by_formula(programs, capsys):
     for name, size in parts.items():
         table.add_row(name, f"{size / 1e6:.1f}")
     found = {
-        name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()
+        name: programs[name].memory_analysis().temp_size_in_bytes for name in ("forward", "train")
     }
     table.add_row("in all", f"{sum(parts.values()) / 1e6:.1f}")
     for name, size in found.items():

@@ -206,7 +206,7 @@ Status FindGroups(const char* target, const int32_t* sizes, int64_t groups, int6
   }
   if (begin->back() <= assignments) return Status::Ok();
   return Status::InvalidArgument(Concat(target, ": group_sizes add up to ", begin->back(),
-                                        ", there are ", assignments, " rows."));
+                                        ", there are ", assignments, " assignments."));
 }
 
 Status CheckIndex(const char* target, const char* name, const int32_t* index, int64_t total,

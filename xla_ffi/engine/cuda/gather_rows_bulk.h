@@ -66,11 +66,8 @@ class BulkLane {
         stages_(stages),
         bulk_(bulk) {}
 
-  // Copies the pieces. Their entries are read kBatch at a time, and one batch ahead: of a chain all
-  // rows but the first move nothing, and a lane that read each entry when it has looked at the one
-  // before would wait for memory at every one of them, with no copy begun meanwhile. A queue would
-  // not help: what is being read into a register cannot be handed on before it is there, nor can a
-  // lane wait for its own reads without those of its warp. So all lanes end a batch together.
+  // Copies the pieces. Their entries are read kBatch at a time, one batch ahead: a lane that waited
+  // for each entry would begin no copy meanwhile, and of a chain all rows but one move nothing.
   JAX_FUSCO_PROGRAM void Run(Parts pieces) {
     Parts ahead = pieces;
     Entry now[kBatch] = {}, later[kBatch] = {};
@@ -99,8 +96,9 @@ class BulkLane {
     }
   }
 
-  // The next piece that moves something, of the `left` whose entries these are. The others take no
-  // stage: where there are many of them, too few pieces would be under way.
+  // The next piece that moves something, of the `left` whose entries these are; `entries` shift,
+  // because registers have no index. The other pieces take no stage: where there are many of them,
+  // too few pieces would be under way.
   JAX_FUSCO_PROGRAM bool Find(Parts* pieces, Entry* entries, int* left, Piece* piece) const {
     for (piece->exists = false; !piece->exists && *left > 0 && pieces->any(); pieces->Next()) {
       piece->row = pieces->row();
