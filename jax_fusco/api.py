@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
-from jax_fusco import ffi, mesh, movers, primitive, replicas
+from jax_fusco import checks, movers, primitive, replicas
+from jax_fusco.choice import Implementation, choose
 from jax_fusco.mesh import Axis, AxisName, expert_axis
 from jax_fusco.placement import Placement
 from jax_fusco.plan import PLAN_NAME, Plan, dropless_capacity, experts_per_rank, whole
 from jax_fusco.token_plan import TokenPlan, make_token_plan, owners
 from jax_fusco.topology import Topology
 from jax_fusco.two_level_plan import Levels
-
-Implementation: TypeAlias = str | Sequence[str] | None
 
 _ROWS_NAME = "jax_fusco_rows"
 REMAT_SAVE_NAMES: tuple[str, ...] = (PLAN_NAME, _ROWS_NAME)
@@ -109,7 +108,7 @@ def make_plan(
     Raises:
       TypeError, ValueError: an argument's type or value, named in the message.
     """
-    ids = _array("expert_ids", expert_ids)
+    ids = checks.array("expert_ids", expert_ids)
     if ids.dtype != jnp.int32:
         raise TypeError(f"expert_ids: got dtype {ids.dtype}, need int32")
     if ids.ndim != 2:
@@ -131,7 +130,7 @@ def make_plan(
         raise ValueError(
             f"capacity: got {size} rows, need fewer than 2**31; pass a smaller capacity"
         )
-    chosen = _choose(implementation, local, reached=topology is not None)
+    chosen = choose(implementation, local, reached=topology is not None)
     if placement is not None:
         ids = replicas.slots_of(chosen, ids, placement, axis, local.size)
     if rows == "token":
@@ -197,9 +196,9 @@ def dispatch(
     if padding not in ("zero", "undefined"):
         raise ValueError(f"padding: got {padding!r}, need 'zero' or 'undefined'")
     leaves, tree = jax.tree.flatten(x)
-    rows = tuple(_array("x", leaf) for leaf in leaves)
+    rows = tuple(checks.array("x", leaf) for leaf in leaves)
     for leaf in rows:
-        _check_payload("x", leaf, "token of expert_ids", plan.slot.shape[0])
+        checks.payload("x", leaf, "token of expert_ids", plan.slot.shape[0])
     if not rows:
         return x
     call = movers.Call(plan.implementation, axis, zero_tail=padding == "zero")
@@ -251,17 +250,17 @@ def combine(
             "are the merge_weights of grouped_matmul"
         )
     plan, axis = _plan_of_rows(plan)
-    y = _array("y", y)
-    _check_floating("y", y.dtype)
-    _check_payload("y", y, "row that dispatch gave", plan.capacity)
-    out_dtype = _dtype("out_dtype", y.dtype if out_dtype is None else out_dtype)
-    _check_floating("out_dtype", out_dtype)
+    y = checks.array("y", y)
+    checks.floating("y", y.dtype)
+    checks.payload("y", y, "row that dispatch gave", plan.capacity)
+    out_dtype = checks.dtype_of("out_dtype", y.dtype if out_dtype is None else out_dtype)
+    checks.floating("out_dtype", out_dtype)
     # Narrower formats are summed, like all others, in float32.
     wide = y if movers.is_summable(y.dtype) else y.astype(jnp.float32)
     wide_out = out_dtype if movers.is_summable(out_dtype) else jnp.dtype(jnp.float32)
     if weights is not None:
-        weights = _array("weights", weights)
-        _check_floating("weights", weights.dtype)
+        weights = checks.array("weights", weights)
+        checks.floating("weights", weights.dtype)
         if weights.shape != plan.slot.shape:
             raise ValueError(f"weights: got shape {weights.shape}, need {plan.slot.shape}")
         weights = weights.astype(jnp.promote_types(wide.dtype, jnp.float32))
@@ -308,10 +307,10 @@ def ragged_all_to_all(
     """
     axis = expert_axis(tuple(axis_name) if isinstance(axis_name, list) else axis_name)
     if axis_index_groups is not None:
-        subgroups = _subgroups(axis_index_groups, axis.size)
+        subgroups = checks.subgroups(axis_index_groups, axis.size)
         axis = Axis(axis.names, len(subgroups[0]), subgroups)
-    operand, output = _array("operand", operand), _array("output", output)
-    _check_payload("operand", operand, None, None)
+    operand, output = checks.array("operand", operand), checks.array("output", output)
+    checks.payload("operand", operand, None, None)
     if output.dtype != operand.dtype or output.shape[1:] != operand.shape[1:] or not output.ndim:
         raise ValueError(
             f"output: got {output.dtype}{list(output.shape)}, need rows like operand's "
@@ -323,11 +322,11 @@ def ragged_all_to_all(
         "output_offsets": output_offsets,
         "recv_sizes": recv_sizes,
     }
-    tables = tuple(_table(name, table, axis.size) for name, table in named.items())
+    tables = tuple(checks.table(name, table, axis.size) for name, table in named.items())
     for name, table in zip(named, tables, strict=True):
         if table.shape != tables[0].shape:
             raise ValueError(f"{name}: got shape {table.shape}, need {tables[0].shape}")
-    chosen = _choose(implementation, axis)
+    chosen = choose(implementation, axis)
     with jax.named_scope("jax_fusco.ragged_all_to_all"):
         return primitive.ragged_all_to_all(movers.Call(chosen, axis), operand, output, tables)
 
@@ -361,121 +360,3 @@ def _plan_of_rows(plan: Plan | TokenPlan) -> tuple[Plan, Axis]:
             f"plan: got one for {plan.num_ranks} ranks, need one for the {axis.size} ranks here"
         )
     return plan, axis
-
-
-def _array(name: str, value: Any) -> jax.Array:
-    try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: got {type(value).__name__}, need an array") from error
-
-
-def _dtype(name: str, value: Any) -> Any:
-    try:
-        return jnp.dtype(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, need a dtype") from None
-
-
-def _check_floating(name: str, dtype: Any) -> None:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name}: got dtype {dtype}, need a floating dtype")
-
-
-def _check_payload(name: str, x: jax.Array, rows: str | None, number: int | None) -> None:
-    """A payload has a dtype of 1, 2, 4 or 8 whole bytes, and `number` leading rows (None: any)."""
-    extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)
-    packed = not extended and x.dtype.name.startswith(("int2", "int4", "uint2", "uint4", "float4"))
-    if extended or packed or x.dtype.itemsize not in (1, 2, 4, 8):
-        raise TypeError(f"{name}: got dtype {x.dtype}, need one of 1, 2, 4 or 8 bytes")
-    if not x.ndim or (number is not None and x.shape[0] != number):
-        need = "rows along a leading dimension"
-        if rows is not None:
-            need = f"{number} rows in its first dimension, one for each {rows}"
-        raise ValueError(f"{name}: got shape {x.shape}, need {need}")
-
-
-def _table(name: str, value: Any, ranks: int) -> jax.Array:
-    table = _array(name, value)
-    if not jnp.issubdtype(table.dtype, jnp.integer):
-        raise TypeError(f"{name}: got dtype {table.dtype}, need an integer dtype")
-    if table.ndim != 1 or not table.size or table.size % ranks:
-        raise ValueError(
-            f"{name}: got shape {table.shape}, need one dimension, a multiple of {ranks} ranks"
-        )
-    return table.astype(jnp.int32)
-
-
-def _subgroups(groups: Sequence[Sequence[int]], size: int) -> tuple[tuple[int, ...], ...]:
-    try:
-        subgroups = tuple(tuple(int(index) for index in group) for group in groups)
-    except TypeError:
-        raise TypeError(
-            f"axis_index_groups: got {groups!r}, need lists of axis indices, or None"
-        ) from None
-    members = sorted(index for group in subgroups for index in group)
-    if members != list(range(size)) or len({len(group) for group in subgroups}) != 1:
-        raise ValueError(
-            f"axis_index_groups: got {groups}, need equally long lists that hold each of the "
-            f"{size} axis indices once"
-        )
-    return subgroups
-
-
-def _choose(implementation: Implementation, axis: Axis, *, reached: bool = False) -> str:
-    """The implementation to use: "xla", "fused", or "platform" where only lowering can tell.
-
-    `reached`: a topology says that the ranks of `axis` reach each other's memory.
-    """
-    if implementation is None:
-        if axis.names and not mesh.is_mesh_axis(axis):
-            return "xla"
-        if not axis.names and mesh.platform() is None:
-            return "platform"
-        # GPUs: the engine must be asked for by name until runs on GPUs have shown it.
-        if mesh.platform() != "cpu" or _why_not("fused", axis) is not None:
-            return "xla"
-        reached = reached or not axis.names or jax.process_count() == 1
-        return "fused" if reached else "xla"
-    names = (implementation,) if isinstance(implementation, str) else implementation
-    if not isinstance(names, tuple | list):
-        names = (implementation,)
-    reason = "need one or more of 'xla', 'fused'"
-    for name in names:
-        if name not in movers.IMPLEMENTATIONS:
-            raise ValueError(f"implementation: got {name!r}, need 'xla', 'fused', or None")
-        reason = _why_not(name, axis)
-        if reason is None:
-            return name
-    raise ValueError(f"implementation: got {implementation!r}, {reason}")
-
-
-def _why_not(name: str, axis: Axis) -> str | None:
-    """Why an implementation cannot serve here, as far as can be known while tracing."""
-    if name == "xla":
-        return None
-    if axis.names and not mesh.is_mesh_axis(axis):
-        return "need a mesh axis of jax.shard_map for 'fused', use 'xla' under jax.vmap"
-    if mesh.platform() in mesh.GPU_PLATFORMS:
-        cuda = ffi.cuda_module()
-        if cuda is None:
-            return (
-                "need a build with CUDA for 'fused' on GPUs (nvcc was not found when jax_fusco was "
-                "installed), use 'xla'"
-            )
-        if axis.size > cuda.max_ranks:
-            return (
-                f"need at most {cuda.max_ranks} ranks for 'fused' on GPUs (got {axis.size}), "
-                "use 'xla'"
-            )
-        return None
-    if mesh.platform() not in (None, "cpu"):
-        return f"need CPU devices or NVIDIA GPUs for 'fused' (got {mesh.platform()}), use 'xla'"
-    # A group that reaches into other processes is only seen here where it must; else it times out.
-    # Where the platform is not known, nor is what a group may reach.
-    if mesh.platform() == "cpu" and axis.size > jax.local_device_count(backend="cpu"):
-        return (
-            f"need all {axis.size} ranks of a group in one process for 'fused' "
-            f"(this one has {jax.local_device_count(backend='cpu')} devices), use 'xla'"
-        )
-    return None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_fusco import blas, grouped_blas, mesh
+from jax_fusco import blas, checks, grouped_blas, mesh
 from jax_fusco.grouped_blas import Indices
 from jax_fusco.plan import whole
 
@@ -66,7 +66,7 @@ def grouped_matmul(
       TypeError, ValueError: an argument's type or value, named in the message. Sizes and indices
         that do not fit are an error of "blas" at run time, and unspecified results elsewhere.
     """
-    rows, kernel = _array("rows", rows), _array("kernel", kernel)
+    rows, kernel = checks.array("rows", rows), checks.array("kernel", kernel)
     _check_matrices(rows, kernel)
     sizes = _index("group_sizes", group_sizes, None, "for each group")
     if sizes.shape[0] != kernel.shape[0]:
@@ -152,13 +152,6 @@ class _Plain:
         return out.at[jnp.where(goes, merge, self.num_rows)].add(y, mode="drop").astype(rows.dtype)
 
 
-def _array(name: str, value: Any) -> jax.Array:
-    try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: got {type(value).__name__}, need an array") from error
-
-
 def _check_matrices(rows: jax.Array, kernel: jax.Array) -> None:
     if not jnp.issubdtype(rows.dtype, jnp.floating) or rows.dtype.itemsize < 2:
         raise TypeError(f"rows: got dtype {rows.dtype}, need a floating dtype of 2 bytes or more")
@@ -171,7 +164,7 @@ def _check_matrices(rows: jax.Array, kernel: jax.Array) -> None:
 
 
 def _index(name: str, value: Any, count: int | None, what: str) -> jax.Array:
-    array = _array(name, value)
+    array = checks.array(name, value)
     if array.dtype != jnp.int32:
         raise TypeError(f"{name}: got dtype {array.dtype}, need int32")
     if array.ndim != 1 or (count is not None and array.shape[0] != count):
@@ -186,9 +179,8 @@ def _weights(weights: Any, merge: Any, count: int, dtype: Any) -> jax.Array | No
         return None
     if merge is None:
         raise ValueError("merge_weights: got weights without merge, need None or merge too")
-    weights = _array("merge_weights", weights)
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise TypeError(f"merge_weights: got dtype {weights.dtype}, need a floating dtype")
+    weights = checks.array("merge_weights", weights)
+    checks.floating("merge_weights", weights.dtype)
     if weights.shape != (count,):
         raise ValueError(
             f"merge_weights: got shape {weights.shape}, need {count} entries, one for each "

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
+from jax_fusco import checks
 from jax_fusco.placement import Placement
 from jax_fusco.plan import whole
 
@@ -118,9 +119,8 @@ def _check_arrays(ids: Any, weights: Any, scores: Any, placement: object) -> Non
         raise ValueError("placement: got one with replicas, need one rank for each expert")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"expert_ids: got dtype {ids.dtype}, need an integer dtype")
-    for name, array in (("weights", weights), ("scores", scores)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name}: got dtype {array.dtype}, need a floating dtype")
+    checks.floating("weights", weights.dtype)
+    checks.floating("scores", scores.dtype)
     if not ids.ndim or weights.shape != ids.shape:
         raise ValueError(f"weights: got shape {weights.shape}, need {ids.shape}")
     need = (*ids.shape[:-1], placement.num_experts)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import jax_fusco as jf
-from jax_fusco.api import Implementation
+from jax_fusco.choice import Implementation
 from jax_fusco.flax.experts import ACTIVATIONS, dense_ffn, expert_ffn
 from jax_fusco.flax.limited import RankLimitedRouter
 from jax_fusco.flax.metrics import MoEMetrics, measure

@@ -13,7 +13,7 @@ from flax.typing import Dtype, Initializer
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from jax_fusco.api import Implementation
+from jax_fusco.choice import Implementation
 from jax_fusco.flax.experts import ACTIVATIONS
 from jax_fusco.flax.layer import LayerConfig, moe_layer
 from jax_fusco.flax.metrics import MoEMetrics
