@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
@@ -28,9 +28,7 @@ def choose(implementation: Implementation, axis: Axis, *, reached: bool = False)
             return "xla"
         reached = reached or not axis.names or jax.process_count() == 1
         return "fused" if reached else "xla"
-    names = (implementation,) if isinstance(implementation, str) else implementation
-    if not isinstance(names, tuple | list):
-        names = (implementation,)
+    names: Any = implementation if isinstance(implementation, tuple | list) else (implementation,)
     reason = "need one or more of 'xla', 'fused'"
     for name in names:
         if name not in movers.IMPLEMENTATIONS:

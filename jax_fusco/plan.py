@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jaxtyping import Array, Int32
@@ -124,10 +124,10 @@ def bits(number: int) -> int:
     return max(number - 1, 0).bit_length()
 
 
-def check_factor(name: str, factor: object) -> None:
+def check_factor(name: str, factor: Any) -> None:
     """Whether `factor` is a finite number above 0, else a ValueError."""
     number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
-    if not (number and 0 < factor < math.inf):
+    if not (number and 0 < float(factor) < math.inf):
         raise ValueError(f"{name}: got {factor!r}, need a finite number above 0")
 
 
