@@ -371,6 +371,16 @@ def test_default_is_blas_on_cpu_devices():
     assert "jax_fusco_grouped_matmul" not in lowered
 
 
+def test_the_blas_refuses_float64():
+    rows, kernel = np.ones((4, 3)), np.ones((2, 3, 5))
+    with jax.enable_x64(True), pytest.raises(ValueError, match="'blas'") as caught:
+        jf.grouped_matmul(rows, kernel, SIZES, implementation="blas")
+    assert str(caught.value) == (
+        "implementation: got 'blas', need bfloat16, float16 or float32 rows (got float64), "
+        "use 'xla'"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -402,7 +412,11 @@ FOUR = jnp.zeros(4, jnp.int32)
     ("changes", "error", "message"),
     [
         ({"rows": "rows"}, TypeError, "rows: got str, need an array"),
-        ({"rows": FOUR[:, None]}, TypeError, "rows: got dtype int32, need a floating dtype"),
+        (
+            {"rows": FOUR[:, None]},
+            TypeError,
+            "rows: got dtype int32, need a floating dtype of 2 bytes or more",
+        ),
         ({"rows": ROWS_4[0]}, ValueError, "rows: got shape (3,), need [rows, n]"),
         (
             {"kernel": KERNEL.astype(jnp.bfloat16)},
@@ -469,14 +483,9 @@ FOUR = jnp.zeros(4, jnp.int32)
             "implementation: got 'cublas', need 'xla', 'blas', 'tokamax', or None",
         ),
         (
-            {
-                "implementation": "blas",
-                "rows": ROWS_4.astype(jnp.float8_e4m3fn),
-                "kernel": KERNEL.astype(jnp.float8_e4m3fn),
-            },
-            ValueError,
-            "implementation: got 'blas', need bfloat16, float16 or float32 rows (got "
-            "float8_e4m3fn), use 'xla'",
+            {"rows": ROWS_4.astype(jnp.float8_e4m3fn)},
+            TypeError,
+            "rows: got dtype float8_e4m3fn, need a floating dtype of 2 bytes or more",
         ),
     ],
 )
