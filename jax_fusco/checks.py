@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +28,12 @@ def dtype_of(name: str, value: Any) -> Any:
 def floating(name: str, dtype: Any) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: got dtype {dtype}, need a floating dtype")
+
+
+def above_zero(name: str, number: Any) -> None:
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not (real and 0 < float(number) < math.inf):
+        raise ValueError(f"{name}: got {number!r}, need a finite number above 0")
 
 
 def payload(name: str, x: jax.Array, rows: str | None, number: int | None) -> None:

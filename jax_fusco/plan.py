@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jaxtyping import Array, Int32
 
+from jax_fusco import checks
 from jax_fusco.mesh import AxisName
 
 if TYPE_CHECKING:
@@ -124,13 +124,6 @@ def bits(number: int) -> int:
     return max(number - 1, 0).bit_length()
 
 
-def check_factor(name: str, factor: Any) -> None:
-    """Whether `factor` is a finite number above 0, else a ValueError."""
-    number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
-    if not (number and 0 < float(factor) < math.inf):
-        raise ValueError(f"{name}: got {factor!r}, need a finite number above 0")
-
-
 def experts_per_rank(num_experts: int, num_ranks: int) -> int:
     """E_local; ValueError where the ranks do not divide the experts."""
     if num_experts % num_ranks:
@@ -186,7 +179,7 @@ def capacity(
     num_ranks = whole("num_ranks", num_ranks, 1)
     num_experts = whole("num_experts", num_experts, 1)
     alignment = whole("alignment", alignment, 1)
-    check_factor("factor", factor)
+    checks.above_zero("factor", factor)
     dropless = dropless_capacity(tokens_per_rank, k, num_experts, num_ranks, alignment)
     padding = experts_per_rank(num_experts, num_ranks) * (alignment - 1)
     return min(dropless, math.ceil(factor * tokens_per_rank * k) + padding)

@@ -53,10 +53,6 @@ class _Slices:
         return self.crossing.topology.exchange == "ragged"
 
     @property
-    def blocks(self) -> int:
-        return self.levels.node.size
-
-    @property
     def block(self) -> int:
         """Rows of a block, in whole slices."""
         return -(-self.crossing.pack_token.shape[1] // self.rows) * self.rows
@@ -70,7 +66,7 @@ class _Slices:
         missing[1] = (0, self.block - blocks.shape[1])
         blocks = jnp.pad(blocks, missing, constant_values=empty)
         part = lax.dynamic_slice_in_dim(blocks, index * self.rows, self.rows, 1)
-        return part.reshape((self.blocks * self.rows, *part.shape[2:]))
+        return part.reshape((self.levels.node.size * self.rows, *part.shape[2:]))
 
     def cross(self, part: Array, index: Array, home: bool) -> Array:
         """Exchanges the blocks of slice `index` with their nodes; `home`: from forwarders."""
@@ -78,12 +74,12 @@ class _Slices:
         if self.ragged:
             crossed = self._cross_ragged(words, index, home)
         else:
-            blocks = words.reshape((self.blocks, self.rows, *words.shape[1:]))
+            blocks = words.reshape((self.levels.node.size, self.rows, *words.shape[1:]))
             crossed = self.levels.node.all_to_all(blocks).reshape(words.shape)
         return from_words(crossed, part.dtype)
 
     def _cross_ragged(self, words: Array, index: Array, home: bool) -> Array:
-        node = jnp.arange(self.blocks, dtype=jnp.int32)
+        node = jnp.arange(self.levels.node.size, dtype=jnp.int32)
         here = self.levels.node.rank()
 
         def rows(present: Array) -> Array:
@@ -192,16 +188,16 @@ def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing)
         return (reduce(y, of_rows, *target, out_dtype=wire),)
 
     def keep(i: Array, arrived: Arrays, returned: Arrays) -> Arrays:
-        part = to_words(arrived[0]).reshape((slices.blocks, slices.rows, *y.shape[1:]))
+        part = to_words(arrived[0]).reshape((nodes, slices.rows, *y.shape[1:]))
         return (lax.dynamic_update_slice_in_dim(returned[0], part, i * slices.rows, 1),)
 
     # Words: XLA on CPU devices would convert all of a bfloat16 array to change a part of it.
     words = jnp.dtype(f"uint{8 * jnp.dtype(wire).itemsize}")
-    returned = jnp.zeros((slices.blocks, slices.block, *y.shape[1:]), words)
+    returned = jnp.zeros((nodes, slices.block, *y.shape[1:]), words)
     (returned,) = slices.run(partial_sums, keep, (returned,), home=True)
     block = jnp.arange(nodes, dtype=jnp.int32) * slices.block
     at = jnp.where(crossing.rail_row >= 0, block + crossing.rail_row, -1)
-    returned = from_words(returned, wire).reshape((slices.blocks * slices.block, *y.shape[1:]))
+    returned = from_words(returned, wire).reshape((nodes * slices.block, *y.shape[1:]))
     others = reduce(returned, None, crossing.rail, at, out_dtype=accumulator)
     return (own + others).astype(call.out_dtype)
 

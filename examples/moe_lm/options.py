@@ -90,7 +90,9 @@ _OPTIONS = [
         default=1.25,
         help="Receive buffer over an even share; what finds no room drops.",
     ),
-    click.option("--dropless", is_flag=True, help="Room for every routing instead."),
+    click.option(
+        "--dropless", is_flag=True, help="Room for every routing, whatever --capacity-factor says."
+    ),
     click.option(
         "--balance-weight",
         type=NOT_NEGATIVE,

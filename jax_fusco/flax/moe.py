@@ -13,6 +13,7 @@ from flax.typing import Dtype, Initializer
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from jax_fusco import checks
 from jax_fusco.choice import Implementation
 from jax_fusco.flax.experts import ACTIVATIONS
 from jax_fusco.flax.layer import LayerConfig, moe_layer
@@ -20,7 +21,7 @@ from jax_fusco.flax.metrics import MoEMetrics
 from jax_fusco.flax.router import BalanceBias, Router, SoftmaxRouter
 from jax_fusco.flax.sharding import Entries, Layout, axis_names, resolve, run_sharded
 from jax_fusco.mesh import AxisName
-from jax_fusco.plan import check_factor, whole
+from jax_fusco.plan import whole
 from jax_fusco.topology import Topology
 
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -143,7 +144,7 @@ class MoE(nnx.Module):
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation: got {activation!r}, need one of {known}")
         if capacity_factor is not None:
-            check_factor("capacity_factor", capacity_factor)
+            checks.above_zero("capacity_factor", capacity_factor)
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.router = router
         self.activation = activation

@@ -405,6 +405,13 @@ def test_gradients_inside_an_untracked_partly_manual_shard_map(axis_type: AxisTy
     assert metrics.tokens_per_expert.sum() == 8 * 2
 
 
+def test_axes_may_come_as_a_list() -> None:
+    mesh = make_mesh({"a": 2, "b": 2})
+    x = tokens_of(8, 12)
+    both = (block(axis_name=names, mesh=mesh)(x) for names in (["a", "b"], ("a", "b")))
+    jax.tree.map(np.testing.assert_array_equal, *both)
+
+
 @pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12)])
 def test_no_tokens(shape: tuple[int, ...]) -> None:
     y, metrics = block(report_expert_ids=True)(jnp.zeros(shape))

@@ -28,6 +28,7 @@ def test_defaults():
     assert jf.capacity(4096, 8, 128, 8) == 40960
     assert jf.capacity(4096, 8, 128, 8, alignment=128) == 40960 + 16 * 127
     assert jf.capacity(1, 8, 128, 2, factor=100.0) == 16
+    assert jf.capacity(8, 2, 8, 4, factor=np.float32(1.5)) == 24
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 7, 128]), st.integers(1, 4))

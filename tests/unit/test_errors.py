@@ -163,6 +163,11 @@ def plan(expert_ids=IDS, **changes):
             "implementation: got 'fastest', need 'xla', 'fused', or None",
         ),
         (
+            {"implementation": 3},
+            ValueError,
+            "implementation: got 3, need 'xla', 'fused', or None",
+        ),
+        (
             {"implementation": ()},
             ValueError,
             "implementation: got (), need one or more of 'xla', 'fused'",

@@ -160,6 +160,17 @@ def test_experts_run_out():
     np.testing.assert_allclose(new_weights.sum(1), weights.sum(1), rtol=1e-5)
 
 
+def test_ids_that_are_no_experts_become_none():
+    """They must not come back as the last expert, which a clamped index would make of them."""
+    scores = np.full((2, 8), 1 / 8, "f4")
+    ids = np.array([[0, 8, 2], [7, -5, 99]], np.int32)
+    placement = jf.Placement.identity(8, 4)
+    got, _ = jf.limit_ranks(ids, np.ones((2, 3), "f4"), scores, placement, 3)
+    np.testing.assert_array_equal(np.sort(got), [[-1, 0, 2], [-1, -1, 7]])
+    got, _ = jf.limit_ranks(ids, np.ones((2, 3), "f4"), scores, placement, 1)
+    np.testing.assert_array_equal(np.sort(got), [[-1, 0, 1], [-1, -1, 7]])
+
+
 def test_all_ranks_change_nothing_and_leading_shapes_stay():
     ids, weights, scores, placement, _ = case(1)
     shape = (5, 8)
