@@ -30,6 +30,14 @@ def floating(name: str, dtype: Any) -> None:
         raise TypeError(f"{name}: got dtype {dtype}, need a floating dtype")
 
 
+def axes(name: str, value: Any) -> tuple[str, ...]:
+    """The mesh axes that `value` names, not None."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, tuple | list) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"{name}: got {value!r}, need a mesh axis name, a tuple of them, or None")
+    return tuple(names)
+
+
 def above_zero(name: str, number: Any) -> None:
     real = isinstance(number, numbers.Real) and not isinstance(number, bool)
     if not (real and 0 < float(number) < math.inf):

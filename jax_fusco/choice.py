@@ -31,7 +31,7 @@ def choose(implementation: Implementation, axis: Axis, *, reached: bool = False)
     names: Any = implementation if isinstance(implementation, tuple | list) else (implementation,)
     reason = "need one or more of 'xla', 'fused'"
     for name in names:
-        if name not in movers.IMPLEMENTATIONS:
+        if not isinstance(name, str) or name not in movers.IMPLEMENTATIONS:
             raise ValueError(f"implementation: got {name!r}, need 'xla', 'fused', or None")
         reason = why_not(name, axis)
         if reason is None:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_fusco import checks
+
 AxisName: TypeAlias = str | tuple[str, ...] | None
 
 GPU_PLATFORMS = ("cuda", "gpu")  # what JAX calls NVIDIA GPUs, the second in some places
@@ -77,12 +79,7 @@ def expert_axis(axis_name: AxisName) -> Axis:
     """
     if axis_name is None:
         return Axis((), 1)
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"axis_name: got {axis_name!r}, need a mesh axis name, a tuple of them, or None"
-        )
-    names = tuple(names)
+    names = checks.axes("axis_name", axis_name)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"axis_name: got {axis_name!r}, need one or more distinct mesh axes")
     for name in names:

@@ -143,6 +143,10 @@ class MoE(nnx.Module):
         if activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation: got {activation!r}, need one of {known}")
+        named = {"axis_name": axis_name, "token_axes": token_axes, "model_axis": model_axis}
+        for name, value in named.items():
+            if value is not None:
+                checks.axes(name, value)
         if capacity_factor is not None:
             checks.above_zero("capacity_factor", capacity_factor)
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name

@@ -566,6 +566,11 @@ def test_undefined_rows_never_spread(
             "axis_name: got 'experts', need an axis of the mesh (data, expert) or None",
         ),
         (
+            {"axis_name": 3},
+            TypeError,
+            "axis_name: got 3, need a mesh axis name, a tuple of them, or None",
+        ),
+        (
             {"capacity_factor": 0},
             ValueError,
             "capacity_factor: got 0, need a finite number above 0",

@@ -168,6 +168,11 @@ def plan(expert_ids=IDS, **changes):
             "implementation: got 3, need 'xla', 'fused', or None",
         ),
         (
+            {"implementation": {}},
+            ValueError,
+            "implementation: got {}, need 'xla', 'fused', or None",
+        ),
+        (
             {"implementation": ()},
             ValueError,
             "implementation: got (), need one or more of 'xla', 'fused'",
