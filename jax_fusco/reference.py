@@ -1,8 +1,7 @@
 """The plan and the row movers from `jax.lax` alone: `implementation="xla"`.
 
-Any platform, any number of processes. It moves more bytes than it must (every rank's rows go to
-every rank), and is what the fused engine is checked against. Rows travel as unsigned words, so that
-no arithmetic touches a payload (NaN bits survive).
+Any platform, any number of processes; what the fused engine is checked against. Rows travel as
+unsigned words, so that no arithmetic touches a payload (NaN bits survive).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_fusco.fetch import fetch, mask, over_rows
 from jax_fusco.mesh import Axis, checked_axes, vary, varying_axes
 
 # The framework's own function, bound at import: callers may replace the public name by ours.
@@ -84,11 +84,11 @@ def plan(
     valid = (flat >= 0) & (flat < num_experts)
     num_invalid = jnp.sum(~valid & (flat != -1), dtype=jnp.int32)
 
-    # Every rank's assignments sorted by expert: [R, A] each; a cell is a run of one row of `order`.
-    ids = axis.all_gather(jnp.where(valid, flat, num_experts))
-    order = jnp.argsort(ids, axis=1, stable=True).astype(jnp.int32)
-    counts = jax.vmap(lambda row: jnp.bincount(row, length=num_experts + 1))(ids)
-    counts = counts[:, :num_experts].astype(jnp.int32)
+    # Each rank's assignments sorted by expert: a cell is a run of `order`.
+    ids = jnp.where(valid, flat, num_experts)
+    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
+    counts = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+    counts = axis.all_gather(counts)
     run_start = jnp.cumsum(counts, 1, dtype=jnp.int32) - counts  # [R, E]
 
     # The buffers of all ranks: rows kept of each cell, and where they begin, [owner, E_local,
@@ -102,7 +102,7 @@ def plan(
     expert = jnp.where(valid, flat, 0)
     owner, local = expert // local_experts, expert % local_experts
     sorted_position = jnp.zeros(assignments, jnp.int32)
-    sorted_position = sorted_position.at[order[rank]].set(jnp.arange(assignments, dtype=jnp.int32))
+    sorted_position = sorted_position.at[order].set(jnp.arange(assignments, dtype=jnp.int32))
     in_cell = sorted_position - run_start[rank, expert]
     placed = valid & (in_cell < kept[owner, local, rank])
     slot = jnp.where(placed, begin[owner, local, rank] + in_cell, -1).reshape(tokens, k)
@@ -116,11 +116,11 @@ def plan(
     local, source_rank = cell // ranks, cell % ranks
     in_cell = row - begin[rank].reshape(-1)[cell]
     filled = in_cell < kept[rank].reshape(-1)[cell]
-    if assignments:
-        run = run_start[source_rank, rank * local_experts + local]
-        source = order[source_rank, jnp.clip(run + in_cell, 0, assignments - 1)]
-    else:
-        source = jnp.zeros_like(row)
+    run = run_start[source_rank, rank * local_experts + local]
+    place = jnp.where(filled, run + in_cell, -1)
+    few = min(capacity, assignments)
+    (source,) = fetch((order.astype(jnp.uint32),), source_rank, place, axis=axis, expected=few)
+    source = source.astype(jnp.int32)
     empty = jnp.where(row < group_sizes[rank].sum(), -1, -2)
     source = jnp.where(filled, source, empty)
     source_rank = jnp.where(filled, source_rank, empty)
@@ -159,12 +159,6 @@ def from_words(words: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(words, dtype)
 
 
-def _mask(keep: jax.Array, x: jax.Array) -> jax.Array:
-    """Zero in the rows of `x` that `keep` does not name."""
-    keep = keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim))
-    return jnp.where(keep, x, jnp.zeros((), x.dtype))
-
-
 def gather_rows(
     rows: tuple[jax.Array, ...],
     source_rank: jax.Array,
@@ -184,21 +178,18 @@ def gather_rows(
     # Zeros are as good as anything in a tail that nobody reads.
     del chain, zero_tail
 
-    def gather(x: jax.Array, old: jax.Array | None) -> jax.Array:
-        words = axis.all_gather(to_words(x))
-        kept = None if old is None else to_words(old)
-        if not words.size:
-            shape = source.shape + words.shape[2:]
-            picked = vary(jnp.zeros(shape, words.dtype), varying_axes(words, source))
-        else:
-            row = jnp.maximum(source, 0) // fanout
-            picked = _mask(source >= 0, words[jnp.maximum(source_rank, 0), row])
-        if kept is not None:
-            tail = (source == -2).reshape(source.shape + (1,) * (kept.ndim - 1))
-            picked = jnp.where(tail, kept, picked)
-        return from_words(picked, x.dtype)
-
-    return tuple(map(gather, rows, into or [None] * len(rows)))
+    if not rows:
+        return ()
+    words = tuple(map(to_words, rows))
+    few = min(source.shape[0], rows[0].shape[0] * fanout)
+    moved = fetch(words, source_rank, source // fanout, axis=axis, expected=few)
+    if into is not None:
+        kept = map(to_words, into)
+        moved = tuple(
+            jnp.where(over_rows(source == -2, x), x, new)
+            for x, new in zip(kept, moved, strict=True)
+        )
+    return tuple(from_words(new, x.dtype) for new, x in zip(moved, rows, strict=True))
 
 
 def gather_rows_weighted(
@@ -212,12 +203,12 @@ def gather_rows_weighted(
     axis: Axis,
 ) -> tuple[jax.Array, jax.Array]:
     """Backward of the weighted sum: `dy[m] = w * g` of its assignment, `dots[m] = <g, y[m]>`."""
-    del chain
     k = weights.shape[1]
-    gather = functools.partial(gather_rows, axis=axis, zero_tail=True)
-    (rows,) = gather((g,), source_rank, source, fanout=k)
-    (scale,) = gather((weights.reshape(-1),), source_rank, source, fanout=1)
-    rows, wide_y = rows.astype(scale.dtype), _mask(source >= 0, y).astype(scale.dtype)
+    rows, scales = gather_rows(
+        (g, weights), source_rank, source, chain, axis=axis, fanout=k, zero_tail=True
+    )
+    scale = jnp.take_along_axis(scales, jnp.maximum(source, 0)[:, None] % k, 1)[:, 0]
+    rows, wide_y = rows.astype(scale.dtype), mask(source >= 0, y).astype(scale.dtype)
     dots = jnp.sum(rows * wide_y, axis=1)
     return (rows * scale[:, None]).astype(y.dtype), dots
 
@@ -233,20 +224,9 @@ def reduce_rows(
 ) -> jax.Array:
     """`out[t] = sum_j w[t, j] * y@slot_rank[t, j][slot[t, j]]`, j ascending, one fma each."""
     accumulator = jnp.promote_types(y.dtype, jnp.float32)
-    words = to_words(y)
-    rank = axis.rank()
     shape = slot.shape[:1] + y.shape[1:]
 
-    def fetch(owner: jax.Array, row: jax.Array) -> jax.Array:
-        """Rows [T, ...] at (owner, row) [T]: a rank sends what it owns, zeros for the rest."""
-        owners, wanted = axis.all_gather(owner), axis.all_gather(row)
-        mine = (owners == rank) & (wanted >= 0)
-        sent = _mask(mine, words[jnp.where(mine, wanted, 0)])
-        received = axis.all_to_all(sent)
-        return received[jnp.maximum(owner, 0), jnp.arange(owner.shape[0])]
-
-    # XLA contracts an unrolled sum as it likes; in a scan over j it is the ordered fma. The rows
-    # are fetched in a scan of their own: fused with what masks them, products may lose their sums.
+    # XLA contracts an unrolled sum as it likes; in a scan over j it is the ordered fma.
     def add(acc: jax.Array, column: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         row, words_of_row, *weight = column
         value = from_words(words_of_row, y.dtype).astype(accumulator)
@@ -256,11 +236,12 @@ def reduce_rows(
         return jnp.where(present, value + acc, acc), None
 
     start = vary(jnp.zeros(shape, accumulator), varying_axes(y, slot, weights) | checked_axes(axis))
-    if not slot.size or not words.size:
+    if not slot.size or not y.size:
         return start.astype(out_dtype)
-    slots = vary((slot_rank.T, slot.T), varying_axes(start))
-    _, fetched = lax.scan(lambda _, column: (None, fetch(*column)), None, slots)
-    columns = (slots[1], fetched) if weights is None else (slots[1], fetched, weights.T)
+    owners, places = slot_rank.T.reshape(-1), slot.T.reshape(-1)
+    (fetched,) = fetch((to_words(y),), owners, places, axis=axis, expected=slot.size)
+    fetched = fetched.reshape(slot.shape[::-1] + y.shape[1:])
+    columns = (slot.T, fetched) if weights is None else (slot.T, fetched, weights.T)
     out, _ = lax.scan(add, start, vary(columns, varying_axes(start)))
     # A sum that starts at +0 is never -0, unless XLA takes the +0 away from a single product.
     return jnp.where(out == 0, 0, out).astype(out_dtype)

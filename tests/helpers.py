@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_fusco import fetch
 
 P = PartitionSpec
 ROWS = P("expert")
@@ -70,6 +73,16 @@ def sharded(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma, **options
     )
     return jax.jit(mapped) if jit else mapped
+
+
+@contextlib.contextmanager
+def rows_in_slices() -> Iterator[None]:
+    """Plain XLA asks for rows, however few they are, and moves them in small slices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "_gathers_all", lambda *_: False)
+        patch.setattr(fetch, "_SMALL", 1)
+        patch.setattr(fetch, "_SLICE", 1)
+        yield
 
 
 def place(mesh: Mesh, specs: Any, *arguments: Any) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import hypothesis
@@ -11,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import routings
-from helpers import P, assert_same_bits, make_mesh, sharded
+from helpers import P, assert_same_bits, make_mesh, rows_in_slices, sharded
 from hypothesis import given
 
 import jax_fusco as jf
@@ -34,7 +35,7 @@ CASES = (
 
 
 @functools.cache
-def program(case: int, implementation: str):
+def program(case: int, implementation: str, in_slices: bool):
     sizes, axis, _, _, local, _, _, alignment, capacity = CASES[case]
     count = int(np.prod(list(sizes.values())))
     order = np.random.default_rng(case).permutation(count)
@@ -71,7 +72,13 @@ def program(case: int, implementation: str):
         }
         return jax.tree.map(lambda a: a[None, None], results)
 
-    return ranks, sharded(run, mesh, in_specs=spec, out_specs=spec)
+    jitted = sharded(run, mesh, in_specs=spec, out_specs=spec)
+
+    def call(*arguments):
+        with rows_in_slices() if in_slices else contextlib.nullcontext():
+            return jitted(*arguments)
+
+    return ranks, call
 
 
 XLA_CASES = (0, 1, 3, 6, 8)  # plain XLA compiles slowly
@@ -101,9 +108,15 @@ def test_plain_xla(shuffle):
     check("xla", *shuffle)
 
 
-def check(implementation, case, ids, rng):
+@given(shuffle=shuffles((4, 5)))
+@hypothesis.settings(max_examples=40)
+def test_plain_xla_in_slices(shuffle):
+    check("xla", *shuffle, in_slices=True)
+
+
+def check(implementation, case, ids, rng, *, in_slices=False):
     _, _, tokens, _, local, d, dtype, alignment, capacity = CASES[case]
-    ranks, run = program(case, implementation)
+    ranks, run = program(case, implementation, in_slices)
     groups = len(ids)
     plans = [oracle.make_plan(i, ranks * local, capacity, alignment) for i in ids]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 
 import jax
 import pytest
@@ -48,6 +50,23 @@ def test_the_oracle_holds_what_the_engine_avoids():
     text = compiled(forward(layer, mesh), layer.arguments(mesh)).as_text()
     assert not custom_calls(text)
     assert any("all-gather" in line for line in unwanted(text))
+
+
+def test_plain_xla_moves_what_is_asked_for():
+    """Over many GPUs: slices of what a balanced routing needs, and no rows to all ranks."""
+    mesh = make_mesh(64)
+    layer = Layer(64, implementation="xla")
+    text = compiled(train(layer, mesh), layer.arguments(mesh)).as_text()
+    exchanges = [line for line in unwanted(text) if re.search(r"all-(to-all|gather)", line)]
+    of_rows = [line for line in exchanges if f",{layer.features}]" in line]
+    assert len(of_rows) == 4  # dispatch, combine, and their gradients
+    assert all("all-to-all" in line for line in of_rows)
+    sizes = [
+        math.prod(map(int, shape.split(",")))
+        for line in exchanges
+        for shape in re.findall(r"\w\[([\d,]+)\]", line)
+    ]
+    assert max(sizes) <= 1.1 * layer.tokens * layer.k * layer.features / 4
 
 
 LAYERS = 3
@@ -131,5 +150,7 @@ def test_memory_is_that_of_the_row_buffers(num_gpus, capsys):
     table.add_row("rows alone", f"{rows / 1e9:.2f}", f"{2 * rows / 1e9:.2f}")
     with capsys.disabled():
         Console().print(table)
+    assert found["xla"][0] <= 2.5 * rows
+    assert found["xla"][1] <= 3.5 * rows
     assert rows <= found["fused"][0] <= 1.1 * rows
     assert 2 * rows <= found["fused"][1] <= 1.1 * 2 * rows
