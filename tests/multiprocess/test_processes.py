@@ -9,7 +9,7 @@ from launch import run
 
 _COMMON = """
 import jax
-from helpers import P
+from helpers import P, rows_in_slices
 from shuffles import check, mesh_of
 
 join()
@@ -20,6 +20,8 @@ _ACROSS = """
 check(None, mesh_of(data=1, expert=8), P("data", "expert"), 1, 8)  # picks what reaches
 check(("fused", "xla"), mesh_of(expert=8, data=1), P("data", "expert"), 1, 8, capacity=12)
 check("xla", mesh_of(expert=4, data=2), P("data", "expert"), 2, 4)  # both groups span both
+with rows_in_slices():
+    check("xla", mesh_of(expert=4, data=2), P("data", "expert"), 2, 4, capacity=7)
 """
 
 _WITHIN = """
