@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec
 
 from jax_fusco import blas
@@ -26,6 +28,7 @@ from jax_fusco.mesh import (
     free_axes,
     platform,
     struct,
+    vary,
     varying_axes,
 )
 from jax_fusco.store import job_store
@@ -146,6 +149,37 @@ def in_manual_axes(call: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def among_collectives(name: str, custom_call: Callable[..., Any], axis: Axis) -> Callable[..., Any]:
+    """`custom_call`, its first operand the rank, as a collective of the program on CPU devices.
+
+    XLA:CPU starts collectives in the program's order on every device, custom calls in any order,
+    where ranks that wait in different calls would wait for ever. A call that is not inlined is one
+    step of its schedule, and one of the collectives for the sake of that which it holds and never
+    runs.
+    """
+
+    def never(rank: jax.Array, *others: jax.Array) -> jax.Array:
+        # Of all operands: partial evaluation would take a branch that it knows before to a place of
+        # its own.
+        firsts = [(x.reshape(-1)[:1] != 0).sum(dtype=rank.dtype) for x in others]
+        return vary(lax.ppermute(sum(firsts, rank), axis.names, [(0, 0)]), varying_axes(rank))
+
+    def nothing(rank: jax.Array, *others: jax.Array) -> jax.Array:
+        return 0 * rank
+
+    def ordered(rank: jax.Array, *others: jax.Array) -> Any:
+        alike = vary((rank, *others), varying_axes(rank, others))
+        return custom_call(rank + lax.cond(rank < 0, never, nothing, *alike), *others)
+
+    ordered.__name__ = f"jax_fusco_{name}"
+
+    def called(*operands: jax.Array) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(ordered)(*operands)
+
+    return called
+
+
 def call(
     name: str,
     axis: Axis,
@@ -158,19 +192,22 @@ def call(
     register()
     varying = varying_axes(operands) | checked_axes(axis)
 
-    def local(rank: jax.Array, *operands: jax.Array) -> Sequence[jax.Array]:
+    def custom_call(*operands: jax.Array) -> Sequence[jax.Array]:
         return jax.ffi.ffi_call(
             f"jax_fusco_{name}",
             [struct(shape, dtype, varying) for shape, dtype in results],
             vmap_method="sequential",
             input_output_aliases=aliases,
-        )(
-            rank,
-            axis.group(),
-            *operands,
-            num_ranks=axis.size,
-            **(attributes or {}),
-        )
+        )(*operands, num_ranks=axis.size, **(attributes or {}))
+
+    def local(rank: jax.Array, *operands: jax.Array) -> Sequence[jax.Array]:
+        operands = (rank, axis.group(), *operands)
+        if axis.size == 1 or platform() in GPU_PLATFORMS:
+            return custom_call(*operands)
+        ordered = among_collectives(name, custom_call, axis)
+        if platform() == "cpu":
+            return ordered(*operands)
+        return lax.platform_dependent(*operands, cpu=ordered, default=custom_call)
 
     return in_manual_axes(local)(axis.rank(), *operands)
 

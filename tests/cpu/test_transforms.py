@@ -151,8 +151,77 @@ def test_a_layer_makes_one_call_of_each_kind():
     text = per_rank(layer, RANKS).lower(x, ids[:, 0], weights[:, 0]).compile().as_text()
     calls = Counter(re.findall(r'custom_call_target="jax_fusco_(\w+)"', text))
     assert calls == {"plan": 1, "gather_rows": 1, "reduce_rows": 1}
-    # No collective of XLA's own beside them.
-    assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
+    # No collective of XLA's own beside them, but for those that are never run.
+    assert not re.search(r"all-gather|all-to-all|all-reduce", text)
+    assert text.count(" collective-permute(") == 3
+
+
+def assert_calls_take_turns(text):
+    """Every custom call with peers is a step of its own in the order of the program's collectives:
+    it stands in a computation that is called, beside a branch that holds a collective."""
+    parts = {}
+    for part in re.split(r"\n(?=\S)", text):
+        parts.setdefault(part.split()[0].strip("%"), part)
+    found = 0
+    for name, part in parts.items():
+        calls = re.findall(r'custom_call_target="jax_fusco_\w+".*num_ranks = (\d+)', part)
+        if not calls or calls == ["1"]:
+            continue
+        found += 1
+        assert len(calls) == 1, part
+        if "closed_call" in name:  # under jax.vmap: of a loop that takes its turn as a whole
+            part = next(p for p in parts.values() if "while" in p and "jax_fusco_" in p.split()[0])
+        assert part.startswith("%jax_fusco_")
+        branches = re.search(r" conditional\(.*branch_computations=\{%([^,]+), %([^}]+)\}", part)
+        assert branches, part
+        assert any(" collective-permute(" in parts[name] for name in branches.groups())
+    return found
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_calls_take_turns_with_collectives_in_a_scan_and_under_remat(name):
+    x, ids, weights, scale = arguments()
+    program = loss_and_gradients("fused", WRAPS[name]).lower(x, weights, scale, ids).compile()
+    calls = custom_calls("fused", WRAPS[name])
+    assert assert_calls_take_turns(program.as_text()) == sum(calls.values())
+
+
+def test_calls_take_turns_with_collectives_on_any_mesh():
+    """Ranks along two axes or one, other axes manual or left to the compiler; a topology; vmap."""
+    shape = {"a": 2, "b": 2, "c": 2}
+
+    def layer(x, ids, axes, topology):
+        plan = jf.make_plan(
+            ids, axis_name=axes, num_experts=8, topology=topology, implementation="fused"
+        )
+        return jf.combine(jf.dispatch(x, plan), None, plan)
+
+    for axes, manual, topology in (
+        ("a", "abc", None),
+        (("a", "c"), "abc", None),
+        ("b", "b", None),
+        (("a", "c"), "ac", jf.Topology("a", "c")),
+        (("a", "b", "c"), "abc", jf.Topology(None, ("a", "b", "c"), 4)),
+    ):
+        spec = PartitionSpec(axes)
+        move = jax.shard_map(
+            functools.partial(layer, axes=axes, topology=topology),
+            mesh=make_mesh(shape),
+            in_specs=spec,
+            out_specs=spec,
+            axis_names=set(manual),
+            check_vma=False,
+        )
+        loss = jax.jit(jax.grad(lambda x, ids, move=move: (move(x, ids) ** 2).sum()))
+        x, ids = jnp.ones((16, 3)), jnp.zeros((16, 2), jnp.int32)
+        assert assert_calls_take_turns(loss.lower(x, ids).compile().as_text()) >= 4
+
+    def vmapped(x, ids):
+        plan = jf.make_plan(ids, axis_name="expert", num_experts=8, implementation="fused")
+        return jax.vmap(lambda x: jf.combine(jf.dispatch(x, plan), None, plan))(x)
+
+    text = per_rank(vmapped, 2).lower(jnp.ones((2, 3, 4, 5)), jnp.zeros((2, 4, 2), jnp.int32))
+    assert assert_calls_take_turns(text.compile().as_text()) == 3
 
 
 def test_every_custom_call_name_is_ours():

@@ -347,6 +347,47 @@ def test_several_shuffles_in_one_program_without_an_order(rng):
 
 
 @both
+def test_layers_beside_each_other_with_gradients(implementation, rng):
+    """XLA:CPU starts what no data orders as soon as a loop before it returns: a slice loop that
+    returned before its last exchange had its exchanges taken for those of the other layer. It took
+    shapes for which the loops share no memory."""
+    tokens, k, experts, shape = 5, 2, 28, (1, 2, 3)
+    topology = jf.Topology(None, "expert", ranks_per_node=2, slice_rows=3)
+
+    def layer(x, ids, weights, scale):
+        plan = jf.make_plan(
+            ids,
+            axis_name="expert",
+            num_experts=experts,
+            topology=topology,
+            implementation=implementation,
+        )
+        rows = jf.dispatch(x, plan)
+        past = jnp.arange(rows.shape[0])[:, None] >= jnp.cumsum(plan.group_sizes)
+        scale = scale[jnp.minimum(past.sum(1), experts // 4 - 1)]
+        return jf.combine(rows * scale, weights, plan)
+
+    def gradients(ids, ct, *operands):
+        def loss(*operands):
+            out = [layer(x, i, *rest) for i, x, *rest in zip(ids, *operands, strict=True)]
+            return (jnp.stack(out) * ct).sum()
+
+        return jax.grad(loss, (0, 1, 2))(*operands)
+
+    spec = P(None, "expert")
+    run = sharded(gradients, make_mesh(4), in_specs=spec, out_specs=spec)
+    ids = np.stack([routings.distinct(rng, 4, tokens, k, experts).reshape(-1, k) for _ in "ab"])
+    weights = np.ones(ids.shape, "f4")
+    scale = np.ones((2, experts, *shape), "f4")
+    for _ in range(20):
+        x = rng.integers(-3, 4, (2, 4 * tokens, *shape)).astype("f4")
+        ct = rng.integers(1, 3, x.shape).astype("f4")
+        dx, dw, _ = run(ids, ct, x, weights, scale)
+        assert_same_bits(dx, k * ct)
+        assert_same_bits(dw, np.broadcast_to((x * ct).sum((2, 3, 4))[..., None], weights.shape))
+
+
+@both
 def test_a_combine_of_another_dtype_and_undefined_padding(implementation, rng):
     ids = routings.distinct(rng, 4, 6, 3, 8)
     x = rng.standard_normal((4, 6, 5)).astype("f4").astype(BF16)

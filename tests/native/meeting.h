@@ -4,7 +4,6 @@
 
 #include <chrono>
 #include <cstdint>
-#include <functional>
 #include <future>
 #include <memory>
 #include <string>
@@ -22,41 +21,29 @@ using cpu::Arrival;
 using cpu::CallSite;
 using cpu::Job;
 
-// What a rank hears of its call, by return or by callback.
-class Answer {
+// A rank's visit to a call site, on a thread of its own, and what it hears there.
+class Visit {
  public:
-  // Says how many times `done` was called: it must be once where Arrive returned false.
-  CallSite::Done Done() {
-    return [state = state_](const Status& status) {
-      if (++state->calls == 1) state->promise.set_value(status);
-    };
+  Visit(std::shared_ptr<CallSite> site, const Arrival& arrival, std::shared_ptr<Job> job) {
+    std::promise<Status> heard;
+    answer_ = heard.get_future().share();
+    std::thread([site = std::move(site), arrival, job = std::move(job),
+                 heard = std::move(heard)]() mutable {
+      heard.set_value(site->Meet(arrival, *job));
+    }).detach();
   }
-  void Arrive(CallSite& site, const Arrival& arrival, std::unique_ptr<Job> job) {
-    Status status;
-    at_once_ = site.Arrive(arrival, std::move(job), Done(), &status);
-    if (at_once_) state_->promise.set_value(status);
-  }
-  bool at_once() const { return at_once_; }
-  int calls() const { return state_->calls; }
-  bool Here(int milliseconds = 0) const {
-    return state_->future.wait_for(std::chrono::milliseconds(milliseconds)) ==
-           std::future_status::ready;
+  bool Over(int milliseconds = 0) const {
+    return answer_.wait_for(std::chrono::milliseconds(milliseconds)) == std::future_status::ready;
   }
   // Waits for it; an answer that never comes is a failure, not a hang.
   Status Wait() const {
-    if (Here(60000)) return state_->future.get();
+    if (Over(60000)) return answer_.get();
     Fail(__FILE__, __LINE__, "no answer within a minute");
     std::_Exit(1);
   }
 
  private:
-  struct State {
-    std::promise<Status> promise;
-    std::shared_future<Status> future = promise.get_future().share();
-    std::atomic<int> calls{0};
-  };
-  std::shared_ptr<State> state_ = std::make_shared<State>();
-  bool at_once_ = false;
+  std::shared_future<Status> answer_;
 };
 
 inline Arrival At(int64_t run, int64_t group, int64_t rank, int64_t num_ranks) {
@@ -72,29 +59,23 @@ inline Arrival At(int64_t run, int64_t group, int64_t rank, int64_t num_ranks) {
 // Runs one call with a job for each rank, in a run for that many ranks; checks that all hear the
 // same and returns it.
 template <typename J>
-Status Meet(CallSite& site, std::vector<std::unique_ptr<J>> jobs) {
-  const size_t n = jobs.size();
-  const auto run = static_cast<int64_t>(n);
-  std::vector<Answer> answers(n);
-  std::vector<std::thread> threads;
-  for (size_t r = 0; r < n; ++r) {
-    threads.emplace_back([&, r] {
-      const Arrival arrival = At(run, 0, static_cast<int64_t>(r), run);
-      answers[r].Arrive(site, arrival, std::move(jobs[r]));
-      answers[r].Wait();
-    });
+Status Meet(const std::shared_ptr<CallSite>& site, std::vector<std::unique_ptr<J>> jobs) {
+  const auto n = static_cast<int64_t>(jobs.size());
+  std::vector<Visit> visits;
+  for (int64_t r = 0; r < n; ++r) {
+    visits.emplace_back(site, At(n, 0, r, n), std::move(jobs[static_cast<size_t>(r)]));
   }
-  for (std::thread& thread : threads) thread.join();
-  const Status status = answers[0].Wait();
-  int64_t at_once = 0;
-  for (const Answer& answer : answers) {
-    at_once += answer.at_once();
-    CHECK_EQ(answer.calls(), answer.at_once() ? 0 : 1);
-    CHECK_EQ(answer.Wait().message, status.message);
-    CHECK(answer.Wait().code == status.code);
+  const Status status = visits[0].Wait();
+  for (const Visit& visit : visits) {
+    CHECK_EQ(visit.Wait().message, status.message);
+    CHECK(visit.Wait().code == status.code);
   }
-  CHECK_EQ(at_once, int64_t{1});  // the last to come
   return status;
+}
+
+template <typename J>
+Status Meet(std::vector<std::unique_ptr<J>> jobs, const char* name = "site") {
+  return Meet(std::make_shared<CallSite>(name), std::move(jobs));
 }
 
 }  // namespace jax_fusco::testing

@@ -76,7 +76,7 @@ Status MeetNode(const char* name, const CrossingShape& shape, std::vector<RankAr
     jobs.back()->shape = shape;
     set(jobs.back().get(), &arrays);
   }
-  return Meet(*CallSite::Create(name), std::move(jobs));
+  return Meet(std::move(jobs), name);
 }
 
 void SetCount(CrossingCountJob* job, RankArrays* a) {
@@ -129,7 +129,7 @@ Status LayOut(const CrossingShape& shape, int64_t alignment, RankArrays* a) {
   job[0]->expert_counts = a->expert_counts.data();
   job[0]->num_dropped = a->num_dropped.data();
   job[0]->granted = a->granted.data();
-  return Meet(*CallSite::Create("lay_out"), std::move(job));
+  return Meet(std::move(job), "lay_out");
 }
 
 void Plan(const CrossingShape& shape, int64_t alignment, Cluster* cluster) {

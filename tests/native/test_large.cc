@@ -59,7 +59,7 @@ void CheckLongGather(int64_t ranks, int64_t rows, int64_t tail, int64_t bytes, b
   }
   auto jobs = GatherJobs(plans, 1, in, out);
   for (auto& job : jobs) job->zero_tail = zero_tail;
-  CHECK(Meet(*CallSite::Create("site"), std::move(jobs)).ok());
+  CHECK(Meet(std::move(jobs)).ok());
   const Bytes zeros(static_cast<size_t>(bytes));
   for (size_t r = 0; r < in.size(); ++r) {
     const Rows& got = out[r][0].rows;
@@ -101,9 +101,7 @@ void ReduceWithThreads() {
   constexpr int64_t kLength = 700;
   const auto y = EachRank(2, [&](int64_t) { return Array(4000, kLength, Float::kF32, random); });
   const auto out = EachRank(2, [&](int64_t) { return Array(1500, kLength * 4); });
-  CHECK(Meet(*CallSite::Create("site"),
-             ReduceJobs(step, kLength, Float::kF32, Float::kF32, Float::kF32, y, {}, out))
-            .ok());
+  CHECK(Meet(ReduceJobs(step, kLength, Float::kF32, Float::kF32, Float::kF32, y, {}, out)).ok());
   for (size_t r = 0; r < 2; ++r) {
     for (int64_t t = 0; t < 1500; ++t) {
       std::vector<float> expected(kLength);
@@ -135,13 +133,11 @@ void SumsKeepSubnormals() {
   std::memcpy(y[0].data.data(), &tiny, 4);
   const unsigned mode = __builtin_ia32_stmxcsr();
   __builtin_ia32_ldmxcsr(0x9fc0);
-  Answer answer;
-  answer.Arrive(
-      *CallSite::Create("site"), At(0, 0, 0, 1),
-      std::move(ReduceJobs(step, 1, Float::kF32, Float::kF32, Float::kF32, y, {}, out)[0]));
+  const auto jobs = ReduceJobs(step, 1, Float::kF32, Float::kF32, Float::kF32, y, {}, out);
+  const Status status = CallSite("site").Meet(At(0, 0, 0, 1), *jobs[0]);
   CHECK_EQ(__builtin_ia32_stmxcsr() & ~0x3fu, 0x9fc0u & ~0x3fu);
   __builtin_ia32_ldmxcsr(mode);
-  CHECK(answer.Wait().ok());
+  CHECK(status.ok());
   CHECK(out[0].data == y[0].data);
 }
 #endif

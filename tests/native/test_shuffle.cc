@@ -29,13 +29,13 @@ void ForRandomCases(int repeats, Body body) {
 Float SumType(Float y) { return y == Float::kF64 ? Float::kF64 : Float::kF32; }
 
 void PlanIsTheLiteralLoop() {
-  const auto site = CallSite::Create("plan");
+  const auto site = std::make_shared<CallSite>("plan");
   ForRandomCases(20, [&](Random& random, int64_t ranks) {
     PlanShape shape = RandomShape(random, ranks);
     if (random.OneIn(10)) shape.tokens = 40000 / (ranks * shape.k);  // enough for several threads
     const std::vector<Ints> ids = RandomIds(shape, random);
     std::vector<PlanArrays> results(ids.size(), PlanArrays(shape, -7));
-    CHECK(Meet(*site, PlanJobs(shape, ids, &results)).ok());
+    CHECK(Meet(site, PlanJobs(shape, ids, &results)).ok());
     const std::vector<PlanArrays> expected = NaivePlan(shape, ids);
     for (size_t r = 0; r < ids.size(); ++r) CheckSamePlan(results[r], expected[r]);
   });
@@ -62,7 +62,7 @@ void GatherByHand(const Step& step, int64_t fanout, bool zero_tail,
 }
 
 void GatherRowsIsTheLiteralLoop() {
-  const auto site = CallSite::Create("gather_rows");
+  const auto site = std::make_shared<CallSite>("gather_rows");
   ForRandomCases(20, [&](Random& random, int64_t ranks) {
     Step step(random, ranks);
     for (PlanArrays& plan : step.plans) {  // not only past the last group, few or most
@@ -93,7 +93,7 @@ void GatherRowsIsTheLiteralLoop() {
     GatherByHand(step, fanout, zero_tail, in, &expected);
     auto jobs = GatherJobs(step.plans, fanout, in, out);
     for (auto& job : jobs) job->zero_tail = zero_tail;
-    CHECK(Meet(*site, std::move(jobs)).ok());
+    CHECK(Meet(site, std::move(jobs)).ok());
     for (size_t r = 0; r < out.size(); ++r) {
       for (size_t p = 0; p < sizes.size(); ++p) CHECK(out[r][p].data == expected[r][p].data);
     }
@@ -101,7 +101,7 @@ void GatherRowsIsTheLiteralLoop() {
 }
 
 void GatherRowsWeightedIsTheLiteralLoop() {
-  const auto site = CallSite::Create("gather_rows_weighted");
+  const auto site = std::make_shared<CallSite>("gather_rows_weighted");
   ForRandomCases(20, [&](Random& random, int64_t ranks) {
     const Step step(random, ranks);
     const Float g_type = random.Of({kFloats[0], kFloats[1], kFloats[2], kFloats[3]});
@@ -140,7 +140,7 @@ void GatherRowsWeightedIsTheLiteralLoop() {
       job->dots = dots[r].rows.data;
       jobs.push_back(std::move(job));
     }
-    CHECK(Meet(*site, std::move(jobs)).ok());
+    CHECK(Meet(site, std::move(jobs)).ok());
     for (size_t r = 0; r < g.size(); ++r) {
       for (int64_t m = 0; m < rows; ++m) {
         const int32_t source = step.plans[r].source[static_cast<size_t>(m)];
@@ -169,7 +169,7 @@ void GatherRowsWeightedIsTheLiteralLoop() {
 }
 
 void ReduceRowsIsTheLiteralLoop() {
-  const auto site = CallSite::Create("reduce_rows");
+  const auto site = std::make_shared<CallSite>("reduce_rows");
   ForRandomCases(20, [&](Random& random, int64_t ranks) {
     const Step step(random, ranks);
     const Float y_type = random.Of({kFloats[0], kFloats[1], kFloats[2], kFloats[3]});
@@ -184,8 +184,8 @@ void ReduceRowsIsTheLiteralLoop() {
     for (int64_t r = 0; r < ranks && step.shape.k != 1; ++r) {
       weights.emplace_back(step.shape.assignments(), 1, weights_type, random);
     }
-    CHECK(Meet(*site, ReduceJobs(step, length, y_type, out_type, weights_type, y, weights, out))
-              .ok());
+    CHECK(
+        Meet(site, ReduceJobs(step, length, y_type, out_type, weights_type, y, weights, out)).ok());
     for (size_t r = 0; r < y.size(); ++r) {
       const PlanArrays& plan = step.plans[r];
       for (int64_t t = 0; t < step.shape.tokens; ++t) {
@@ -212,7 +212,7 @@ void ReduceRowsIsTheLiteralLoop() {
 }
 
 void RaggedAllToAllIsTheLiteralLoop() {
-  const auto site = CallSite::Create("ragged_all_to_all");
+  const auto site = std::make_shared<CallSite>("ragged_all_to_all");
   ForRandomCases(20, [&](Random& random, int64_t ranks) {
     const int64_t rows = random.Of<int64_t>({0, 1, 10, 60}), slices = random.Int(1, 3);
     const int64_t bytes = random.Of<int64_t>({0, 1, 2, 100, 3000});
@@ -231,7 +231,7 @@ void RaggedAllToAllIsTheLiteralLoop() {
         }
       }
     }
-    CHECK(Meet(*site, ragged.Make(operand, result)).ok());
+    CHECK(Meet(site, ragged.Make(operand, result)).ok());
     for (size_t r = 0; r < result.size(); ++r) CHECK(result[r].data == expected[r].data);
   });
 }

@@ -20,7 +20,7 @@ constexpr int32_t kMin = INT32_MIN;
 
 template <typename J>
 void CheckError(Jobs<J> jobs, const string& message) {
-  const Status status = Meet(*CallSite::Create("site"), std::move(jobs));
+  const Status status = Meet(std::move(jobs));
   CHECK(status.code == Code::kInvalidArgument);
   CHECK_EQ(status.message, message);
 }
@@ -108,7 +108,7 @@ void NegativeSourcesAreNoRows() {
     in[r].emplace_back(0, 24);
     out[r].emplace_back(20, 24);
   }
-  CHECK(Meet(*CallSite::Create("site"), GatherJobs(plans, 1, in, out)).ok());
+  CHECK(Meet(GatherJobs(plans, 1, in, out)).ok());
   for (const auto& arrays : out) CHECK(arrays[0].data == Bytes(20 * 24));
 }
 
@@ -171,7 +171,7 @@ void RaggedSlices() {
   Ragged ragged(random, kRanks, 1, 0, &counts);
   ragged.input_offsets[0][1] = kMax;
   ragged.output_offsets[0][1] = kMin;
-  CHECK(Meet(*CallSite::Create("site"), ragged.Make(Filled(10, 24), Filled(12, 24))).ok());
+  CHECK(Meet(ragged.Make(Filled(10, 24), Filled(12, 24))).ok());
 }
 
 // Rank 1's job is not like rank 0's, in each of the ways of `changes`.
@@ -245,14 +245,14 @@ void StrictPlanNamesTheId() {
   std::vector<Ints> ids(kRanks, Ints(8, -1));
   ids[1][5] = 4;
   std::vector<PlanArrays> results(kRanks, PlanArrays(shape));
-  CHECK(Meet(*CallSite::Create("site"), PlanJobs(shape, ids, &results)).ok());
+  CHECK(Meet(PlanJobs(shape, ids, &results)).ok());
   CHECK_EQ(results[1].num_invalid, (Ints{1}));
   setenv("JAX_FUSCO_STRICT", "1", 1);
   CheckError(PlanJobs(shape, ids, &results),
              "jax_fusco_plan: expert_ids[2, 1] of rank 1 is 4, it must lie in [-1, 4) "
              "(JAX_FUSCO_STRICT is set).");
   ids[1][5] = 3;
-  CHECK(Meet(*CallSite::Create("site"), PlanJobs(shape, ids, &results)).ok());
+  CHECK(Meet(PlanJobs(shape, ids, &results)).ok());
   unsetenv("JAX_FUSCO_STRICT");
 }
 

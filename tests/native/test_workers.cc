@@ -1,9 +1,7 @@
-// Library threads: chunks that are shared out, and tasks that each have a thread.
+// Library threads: chunks that are shared out.
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <future>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -12,26 +10,6 @@
 
 namespace jax_fusco::testing {
 namespace {
-
-// Tasks that wait for each other need a thread each, however many are idle from the last time.
-void TasksDoNotShareThreads() {
-  for (int tasks : {1, 2, 3, 8, 2, 12, 5, 30}) {
-    auto started = std::make_shared<std::atomic<int>>(0);
-    std::vector<std::future<bool>> met;
-    for (int i = 0; i < tasks; ++i) {
-      auto all_here = std::make_shared<std::promise<bool>>();
-      met.push_back(all_here->get_future());
-      cpu::Workers::RunOnOwnThread([=] {
-        ++*started;
-        for (int wait = 0; *started < tasks && wait < 20000; ++wait) {
-          std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        }
-        all_here->set_value(*started == tasks);
-      });
-    }
-    for (std::future<bool>& each : met) CHECK(each.get());
-  }
-}
 
 void ParallelForVisitsEachChunkOnce() {
   std::vector<std::thread> callers;
@@ -80,7 +58,6 @@ int main(int argc, char** argv) {
   using namespace jax_fusco::testing;
   return RunTests(argc, argv,
                   {
-                      {"TasksDoNotShareThreads", TasksDoNotShareThreads},
                       {"ParallelForVisitsEachChunkOnce", ParallelForVisitsEachChunkOnce},
 #if defined(__x86_64__)
                       {"ChunksKeepSubnormals", ChunksKeepSubnormals},

@@ -2,9 +2,7 @@
 #include <cstring>
 #include <functional>
 #include <iterator>
-#include <memory>
 #include <utility>
-#include <variant>
 
 #include "xla_ffi/engine/cpu/grouped_matmul.h"
 #include "xla_ffi/engine/cpu/shuffle.h"
@@ -13,38 +11,15 @@
 namespace ffi = xla::ffi;
 
 namespace jax_fusco {
-
-// The result of Execute: an error or success at once, or a future.
-using Outcome = std::variant<ffi::Error, ffi::Future>;
-
-}  // namespace jax_fusco
-
-namespace xla::ffi {
-
-template <ExecutionStage stage>
-struct ResultEncoding<stage, jax_fusco::Outcome> {
-  static std::variant<XLA_FFI_Error*, XLA_FFI_Future*> Encode(const XLA_FFI_Api* api,
-                                                              XLA_FFI_ExecutionContext* ctx,
-                                                              jax_fusco::Outcome outcome) {
-    if (Error* error = std::get_if<Error>(&outcome)) {
-      return ResultEncoding<stage, Error>::Encode(api, ctx, std::move(*error));
-    }
-    return ResultEncoding<stage, Future>::Encode(api, ctx, std::move(std::get<Future>(outcome)));
-  }
-};
-
-}  // namespace xla::ffi
-
-namespace jax_fusco {
 namespace {
 
 struct CpuState {
   static ffi::TypeId id;
   static const ffi::TypeInfo info;
 
-  explicit CpuState(const char* target) : site(cpu::CallSite::Create(target)) {}
+  explicit CpuState(const char* target) : site(target) {}
 
-  std::shared_ptr<cpu::CallSite> site;
+  cpu::CallSite site;
 };
 ffi::TypeId CpuState::id = {};
 const ffi::TypeInfo CpuState::info = ffi::MakeTypeInfo<CpuState>();
@@ -56,67 +31,52 @@ struct Cpu {
   static constexpr std::initializer_list<ffi::Traits> kTraits = {};
 
   template <ffi::ExecutionStage stage, typename Call>
-  static Outcome Run(const Caller<Cpu>& caller, const Call& call) {
+  static ffi::Error Run(const Caller<Cpu>& caller, const Call& call) {
     return Execute(caller, call);
   }
 
-  // Sends the job to its call site.
-  template <typename Job>
-  static Outcome Meet(const Caller<Cpu>& caller, std::unique_ptr<Job> job) {
+  template <typename Job, typename Call>
+  static ffi::Error MeetWith(const Caller<Cpu>& caller, const Call& call) {
+    Job job;
+    static_cast<Call&>(job) = call;
     cpu::Arrival arrival;
     arrival.run = caller.context.run_id;
     arrival.group = *caller.group;
     arrival.rank = *caller.rank;
     arrival.num_ranks = caller.num_ranks;
     arrival.device = caller.device;
-    ffi::Promise promise;
-    ffi::Future future(promise);
-    auto done = [promise](const Status& status) mutable {
-      status.ok() ? promise.SetAvailable() : promise.SetError(ToError(status));
-    };
-    Status status;
-    if (caller.state->site->Arrive(arrival, std::move(job), std::move(done), &status)) {
-      return ToError(status);
-    }
-    return Outcome(std::move(future));
+    return ToError(caller.state->site.Meet(arrival, job));
   }
 
-  template <typename Job, typename Call>
-  static Outcome MeetWith(const Caller<Cpu>& caller, const Call& call) {
-    auto job = std::make_unique<Job>();
-    static_cast<Call&>(*job) = call;
-    return Meet(caller, std::move(job));
-  }
-
-  static Outcome Execute(const Caller<Cpu>& caller, const PlanCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const PlanCall& call) {
     // Chains serve engines whose peers are far; here a row is read from the nearest cache.
     if (call.chain.count > 0) {
       std::memset(call.chain.data, 0, static_cast<size_t>(call.chain.count * call.chain.bytes));
     }
     return MeetWith<cpu::PlanJob>(caller, call);
   }
-  static Outcome Execute(const Caller<Cpu>& caller, const GatherRowsCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const GatherRowsCall& call) {
     return MeetWith<cpu::GatherRowsJob>(caller, call);
   }
-  static Outcome Execute(const Caller<Cpu>& caller, const GatherRowsWeightedCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const GatherRowsWeightedCall& call) {
     return MeetWith<cpu::GatherRowsWeightedJob>(caller, call);
   }
-  static Outcome Execute(const Caller<Cpu>& caller, const ReduceRowsCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const ReduceRowsCall& call) {
     return MeetWith<cpu::ReduceRowsJob>(caller, call);
   }
-  static Outcome Execute(const Caller<Cpu>& caller, const CrossingCountCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const CrossingCountCall& call) {
     return MeetWith<cpu::CrossingCountJob>(caller, call);
   }
-  static Outcome Execute(const Caller<Cpu>& caller, const CrossingLayOutCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const CrossingLayOutCall& call) {
     return MeetWith<cpu::CrossingLayOutJob>(caller, call);
   }
-  static Outcome Execute(const Caller<Cpu>& caller, const CrossingPlaceCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const CrossingPlaceCall& call) {
     return MeetWith<cpu::CrossingPlaceJob>(caller, call);
   }
-  static Outcome Execute(const Caller<Cpu>& caller, const CrossingDeliverCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const CrossingDeliverCall& call) {
     return MeetWith<cpu::CrossingDeliverJob>(caller, call);
   }
-  static Outcome Execute(const Caller<Cpu>& caller, const RaggedAllToAllCall& call) {
+  static ffi::Error Execute(const Caller<Cpu>& caller, const RaggedAllToAllCall& call) {
     if (call.result.data != call.output.data) {  // not aliased after all
       std::memcpy(call.result.data, call.output.data,
                   static_cast<size_t>(call.output.count * call.output.bytes));

@@ -5,121 +5,42 @@
 #include <cstdio>
 #include <deque>
 #include <exception>
-#include <list>
 #include <map>
 #include <mutex>
-#include <thread>
 #include <utility>
-
-#include "xla_ffi/engine/cpu/workers.h"
 
 namespace jax_fusco::cpu {
 
 using Clock = std::chrono::steady_clock;
 
-// One meeting: the nth arrivals of a group's ranks in one run.
+// One meeting: the nth visits of a group's ranks in one run.
 struct CallSite::Call {
-  struct Rank {
-    bool arrived = false;
-    std::unique_ptr<Job> job;
-    Done done;
-    FpMode mode;
-  };
-
-  Session* session = nullptr;  // valid while the call waits
-  int64_t group = 0;
-  std::vector<Rank> ranks;
+  std::vector<const Job*> jobs;  // by rank, null until it comes; valid until the call is over
   size_t arrived = 0;
   Clock::time_point start;
-  Clock::time_point deadline;
-  Status failure;  // set once peers have been given up
-  std::list<std::pair<std::shared_ptr<CallSite>, std::shared_ptr<Call>>>::iterator watch;
+  bool over = false;  // the job has ended, or peers have been given up
+  Status status;      // once it is over
+  std::condition_variable left;
 };
 
 // What the ranks of a group have done in one run.
 struct CallSite::Session {
-  std::vector<int64_t> arrivals;                   // of each rank
-  std::vector<int64_t> device;                     // of each rank, -1 until it arrives
+  std::vector<int64_t> visits;                     // of each rank
+  std::vector<int64_t> device;                     // of each rank, -1 until it comes
   std::map<int64_t, std::shared_ptr<Call>> calls;  // by number: those that wait or have failed
-  int64_t waiting = 0;
+  int64_t waiting = 0;                             // calls of them that wait
 };
 
 struct CallSite::Impl {
   std::string name;
-  std::mutex mutex;
+  mutable std::mutex mutex;
   std::map<std::pair<int64_t, int64_t>, Session> sessions;  // by run and group
   std::deque<std::pair<int64_t, int64_t>> oldest_first;
+  int64_t ranks_waiting = 0;
 
   Session& Find(const Arrival& arrival);
-};
-
-// Fails calls whose peers do not come. Never destroyed.
-class Monitor {
- public:
-  using Watched = std::list<std::pair<std::shared_ptr<CallSite>, std::shared_ptr<CallSite::Call>>>;
-
-  static Monitor& The() {
-    static Monitor* monitor = new Monitor;
-    return *monitor;
-  }
-
-  void Watch(std::shared_ptr<CallSite> site, const std::shared_ptr<CallSite::Call>& call) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    watched_.emplace_front(std::move(site), call);
-    call->watch = watched_.begin();
-    if (!started_) {
-      started_ = true;
-      Workers::RunOnOwnThread([this] { Serve(); });
-    }
-    if (idle_) wake_.notify_one();
-  }
-
-  void Unwatch(const std::shared_ptr<CallSite::Call>& call) {
-    Watched ended;  // destroyed after the lock is gone
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (call->watch != watched_.end()) ended.splice(ended.begin(), watched_, call->watch);
-    call->watch = watched_.end();
-  }
-
- private:
-  // A shuffle must not pay for a wake-up of this thread: it looks around by itself, and sleeps for
-  // good only after a while without calls.
-  static constexpr std::chrono::milliseconds kTick{50};
-  static constexpr int kTicksUntilIdle = 40;
-
-  void Serve() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (int quiet = 0;; ++quiet) {
-      if (!watched_.empty()) quiet = 0;
-      if (quiet < kTicksUntilIdle) {
-        wake_.wait_for(lock, kTick);
-      } else {
-        idle_ = true;
-        wake_.wait(lock, [&] { return !watched_.empty(); });
-        idle_ = false;
-      }
-      Watched expired;
-      const Clock::time_point now = Clock::now();
-      for (auto it = watched_.begin(); it != watched_.end();) {
-        const auto next = std::next(it);
-        if (it->second->deadline <= now) {
-          it->second->watch = watched_.end();
-          expired.splice(expired.end(), watched_, it);
-        }
-        it = next;
-      }
-      lock.unlock();
-      for (const auto& [site, call] : expired) site->Expire(call);
-      expired.clear();
-      lock.lock();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  Watched watched_;
-  bool started_ = false;
-  bool idle_ = false;
+  Status Run(const std::vector<const Job*>& jobs, const Settings& settings) const;
+  void GiveUp(const Arrival& arrival, Call* call) const;
 };
 
 namespace {
@@ -133,13 +54,6 @@ std::string Ranks(const std::vector<size_t>& ranks) {
   return out;
 }
 
-void Complete(CallSite::Done done, FpMode mode, const Status& status) {
-  Workers::RunOnOwnThread([done = std::move(done), mode, status] {
-    const ScopedFpMode scoped(mode);
-    done(status);
-  });
-}
-
 }  // namespace
 
 CallSite::CallSite(std::string name) : impl_(std::make_unique<Impl>()) {
@@ -148,8 +62,9 @@ CallSite::CallSite(std::string name) : impl_(std::make_unique<Impl>()) {
 
 CallSite::~CallSite() = default;
 
-std::shared_ptr<CallSite> CallSite::Create(std::string name) {
-  return std::shared_ptr<CallSite>(new CallSite(std::move(name)));
+int64_t CallSite::Waiting() const {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  return impl_->ranks_waiting;
 }
 
 // A session outlives its calls, for the devices' sake and for ranks that come late, but only the
@@ -171,112 +86,102 @@ CallSite::Session& CallSite::Impl::Find(const Arrival& arrival) {
   }
   oldest_first.push_back(key);
   Session& session = sessions[key];
-  session.arrivals.assign(static_cast<size_t>(arrival.num_ranks), 0);
+  session.visits.assign(static_cast<size_t>(arrival.num_ranks), 0);
   session.device.assign(static_cast<size_t>(arrival.num_ranks), -1);
   return session;
 }
 
-bool CallSite::Arrive(const Arrival& arrival, std::unique_ptr<Job> job, Done done, Status* status) {
+Status CallSite::Impl::Run(const std::vector<const Job*>& jobs, const Settings& settings) const {
+  try {
+    return jobs[0]->Run(jobs, settings);
+  } catch (const std::exception& error) {
+    return Status::Internal(Concat(name, ": ", error.what(), "."));
+  }
+}
+
+// Ends a call whose peers have not come.
+void CallSite::Impl::GiveUp(const Arrival& arrival, Call* call) const {
+  std::vector<size_t> missing, here;
+  for (size_t i = 0; i < call->jobs.size(); ++i) {
+    (call->jobs[i] == nullptr ? missing : here).push_back(i);
+  }
+  const double waited = std::chrono::duration<double>(Clock::now() - call->start).count();
+  char seconds[32];
+  std::snprintf(seconds, sizeof(seconds), "%.1f", waited);
+  call->over = true;
+  call->status = Status::DeadlineExceeded(
+      Concat(name, ": ", Ranks(missing), " did not come within ", seconds,
+             " s (JAX_FUSCO_TIMEOUT_S) to group ", arrival.group, ", where ", Ranks(here),
+             here.size() == 1 ? " waits" : " wait",
+             "; look for an earlier error on the missing ranks' devices, or for a shuffle under a "
+             "condition that ranks decide differently."));
+  std::fprintf(stderr, "%s\n", call->status.message.c_str());
+}
+
+Status CallSite::Meet(const Arrival& arrival, const Job& job) {
   const std::string& name = impl_->name;
   Settings settings;
-  *status = Settings::Read(&settings);
-  if (!status->ok()) return true;
+  const Status read = Settings::Read(&settings);
+  if (!read.ok()) return read;
   if (arrival.num_ranks < 1 || arrival.rank < 0 || arrival.rank >= arrival.num_ranks) {
-    *status = Status::InvalidArgument(
+    return Status::InvalidArgument(
         Concat(name, ": rank is ", arrival.rank, ", it must lie in [0, ", arrival.num_ranks, ")."));
-    return true;
   }
-  if (arrival.num_ranks == 1) {
-    *status = job->Run({job.get()}, settings);
-    return true;
-  }
+  if (arrival.num_ranks == 1) return impl_->Run({&job}, settings);
 
   std::unique_lock<std::mutex> lock(impl_->mutex);
   Session& session = impl_->Find(arrival);
-  if (static_cast<int64_t>(session.arrivals.size()) != arrival.num_ranks) {
-    *status = Status::InvalidArgument(Concat(name, ": rank ", arrival.rank, " expects ",
-                                             arrival.num_ranks, " ranks, its peers ",
-                                             static_cast<int64_t>(session.arrivals.size()), "."));
-    return true;
+  if (static_cast<int64_t>(session.visits.size()) != arrival.num_ranks) {
+    return Status::InvalidArgument(Concat(name, ": rank ", arrival.rank, " expects ",
+                                          arrival.num_ranks, " ranks, its peers ",
+                                          static_cast<int64_t>(session.visits.size()), "."));
   }
   const auto rank = static_cast<size_t>(arrival.rank);
   int64_t& device = session.device[rank];
   if (device == -1) device = arrival.device;
   if (device != arrival.device) {
-    *status = Status::InvalidArgument(
+    return Status::InvalidArgument(
         Concat(name, ": devices ", device, " and ", arrival.device, " both came as rank ",
                arrival.rank, " of group ", arrival.group,
                "; group must tell apart the devices along every other mesh axis."));
-    return true;
   }
-  const int64_t number = session.arrivals[rank]++;
+  const int64_t number = session.visits[rank]++;
   std::shared_ptr<Call>& slot = session.calls[number];
-  const bool first = slot == nullptr;
-  if (first) slot = std::make_shared<Call>();
+  if (slot == nullptr) {
+    slot = std::make_shared<Call>();
+    slot->jobs.resize(static_cast<size_t>(arrival.num_ranks));
+    slot->start = Clock::now();
+    ++session.waiting;
+  }
   const std::shared_ptr<Call> call = slot;
-  if (first) call->ranks.resize(static_cast<size_t>(arrival.num_ranks));
-  call->ranks[rank].arrived = true;
-  const bool last = ++call->arrived == call->ranks.size();
+  call->jobs[rank] = &job;
+  const bool last = ++call->arrived == call->jobs.size();
   if (last) session.calls.erase(number);
-  if (!call->failure.ok()) {
-    *status = call->failure;
-    return true;
-  }
-  if (!last) {
-    call->ranks[rank].job = std::move(job);
-    call->ranks[rank].done = std::move(done);
-    call->ranks[rank].mode = FpMode::Current();
-    if (first) {
-      ++session.waiting;
-      call->session = &session;
-      call->group = arrival.group;
-      call->start = Clock::now();
-      call->deadline = call->start + std::chrono::duration_cast<Clock::duration>(
-                                         std::chrono::duration<double>(settings.timeout_s));
-      Monitor::The().Watch(shared_from_this(), call);
-    }
-    return false;
-  }
-  --session.waiting;
-  lock.unlock();
-  Monitor::The().Unwatch(call);
-  call->ranks[rank].job = std::move(job);
-  std::vector<const Job*> jobs;
-  for (const Call::Rank& entry : call->ranks) jobs.push_back(entry.job.get());
-  try {
-    *status = jobs[0]->Run(jobs, settings);
-  } catch (const std::exception& error) {
-    *status = Status::Internal(Concat(name, ": ", error.what(), "."));
-  }
-  for (size_t i = 0; i < call->ranks.size(); ++i) {
-    if (i != rank) Complete(std::move(call->ranks[i].done), call->ranks[i].mode, *status);
-  }
-  return true;
-}
+  if (call->over) return call->status;  // too late
 
-void CallSite::Expire(const std::shared_ptr<Call>& call) {
-  {
-    std::lock_guard<std::mutex> lock(impl_->mutex);
-    if (call->arrived == call->ranks.size()) return;  // the last came just now
-    std::vector<size_t> missing, here;
-    for (size_t i = 0; i < call->ranks.size(); ++i) {
-      (call->ranks[i].arrived ? here : missing).push_back(i);
-    }
-    const double waited = std::chrono::duration<double>(Clock::now() - call->start).count();
-    char seconds[32];
-    std::snprintf(seconds, sizeof(seconds), "%.1f", waited);
-    call->failure = Status::DeadlineExceeded(Concat(
-        impl_->name, ": ", Ranks(missing), " did not come within ", seconds,
-        " s (JAX_FUSCO_TIMEOUT_S) to group ", call->group, ", where ", Ranks(here),
-        here.size() == 1 ? " waits" : " wait",
-        "; look for an earlier error on the missing ranks' devices, or for a shuffle under a "
-        "condition that ranks decide differently."));
-    --call->session->waiting;
+  if (last) {
+    --session.waiting;
+    lock.unlock();
+    Status status = impl_->Run(call->jobs, settings);
+    lock.lock();
+    call->over = true;
+    call->status = std::move(status);
+    call->left.notify_all();
+    return call->status;
   }
-  std::fprintf(stderr, "%s\n", call->failure.message.c_str());
-  for (Call::Rank& entry : call->ranks) {
-    if (entry.done) Complete(std::move(entry.done), entry.mode, call->failure);
+  ++impl_->ranks_waiting;
+  const auto deadline = call->start + std::chrono::duration_cast<Clock::duration>(
+                                          std::chrono::duration<double>(settings.timeout_s));
+  const bool in_time = call->left.wait_until(
+      lock, deadline, [&] { return call->over || call->arrived == call->jobs.size(); });
+  if (!in_time) {
+    impl_->GiveUp(arrival, call.get());
+    --session.waiting;
+    call->left.notify_all();
   }
+  call->left.wait(lock, [&] { return call->over; });
+  --impl_->ranks_waiting;
+  return call->status;
 }
 
 }  // namespace jax_fusco::cpu

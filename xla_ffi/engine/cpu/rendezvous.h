@@ -1,13 +1,12 @@
 // Where the ranks of a shuffle meet.
 //
-// Nobody waits here. Each rank arrives with its buffers and a callback; the last to arrive runs the
-// job for all. XLA reaches independent calls in different orders on different devices, so a
-// blocking meeting could wait for itself.
+// Each rank comes with its buffers and waits, as at XLA's own collectives on CPU devices; the last
+// to come runs the job for all. Nobody waits for ever where every rank comes to the program's calls
+// and collectives in one order: the program must see to that (jax_fusco/ffi.py).
 #ifndef JAX_FUSCO_ENGINE_CPU_RENDEZVOUS_H_
 #define JAX_FUSCO_ENGINE_CPU_RENDEZVOUS_H_
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -17,7 +16,7 @@
 
 namespace jax_fusco::cpu {
 
-// What one rank brings: its operands and results, valid until its call is complete.
+// What one rank brings: its operands and results.
 class Job {
  public:
   virtual ~Job() = default;
@@ -35,29 +34,24 @@ struct Arrival {
 };
 
 // One call site of one program. Thread-safe.
-class CallSite : public std::enable_shared_from_this<CallSite> {
+class CallSite {
  public:
   // `name` is the call's name in messages.
-  static std::shared_ptr<CallSite> Create(std::string name);
+  explicit CallSite(std::string name);
   ~CallSite();
 
-  using Done = std::function<void(const Status&)>;
+  // A rank comes, and leaves with the job's status when it has ended, or with an error when peers
+  // have not come in time. The nth visit of a rank in a (run, group) meets the nth visits of its
+  // peers.
+  Status Meet(const Arrival& arrival, const Job& job);
 
-  // A rank arrives. Returns true with `*status` where the call is complete for this rank: it came
-  // last and ran the job, or there is an error. Otherwise returns false; `done` is called later, on
-  // a thread of its own and in the floating-point mode of this thread: when the job has ended, or
-  // when peers have not come in time. The nth arrival of a rank in a (run, group) meets the nth
-  // arrivals of its peers.
-  bool Arrive(const Arrival& arrival, std::unique_ptr<Job> job, Done done, Status* status);
+  // Ranks that wait here now.
+  int64_t Waiting() const;
 
  private:
   struct Call;
   struct Session;
   struct Impl;
-  friend class Monitor;
-
-  explicit CallSite(std::string name);
-  void Expire(const std::shared_ptr<Call>& call);
 
   std::unique_ptr<Impl> impl_;
 };

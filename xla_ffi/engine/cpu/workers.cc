@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <cfenv>
-#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -155,57 +154,10 @@ class Helpers {
   int threads_ = 0;
 };
 
-// Threads for tasks that may block. An idle thread is kept for the next task, for a while.
-class OwnThreads {
- public:
-  void Run(std::function<void()> task) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    tasks_.push_back(std::move(task));
-    // Each idle thread answers for one queued task. Where no thread can be had the task waits for
-    // one to end its own: late, but on a thread of its own.
-    if (idle_ >= static_cast<int>(tasks_.size())) {
-      wake_.notify_one();
-    } else {
-      StartThread([this] { Serve(); });
-    }
-  }
-
- private:
-  static constexpr std::chrono::seconds kKeepIdle{20};
-
-  void Serve() {
-    NameThread("jax_fusco_done");
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      if (tasks_.empty()) {
-        ++idle_;
-        const bool woken = wake_.wait_for(lock, kKeepIdle, [&] { return !tasks_.empty(); });
-        --idle_;
-        if (!woken) return;
-      }
-      std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-      task = nullptr;
-      lock.lock();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<std::function<void()>> tasks_;
-  int idle_ = 0;
-};
-
 // Never destroyed: threads may still use them while the process exits.
 Helpers& TheHelpers() {
   static Helpers* helpers = new Helpers;
   return *helpers;
-}
-OwnThreads& TheOwnThreads() {
-  static OwnThreads* threads = new OwnThreads;
-  return *threads;
 }
 
 }  // namespace
@@ -240,7 +192,5 @@ void Workers::ParallelFor(int threads, int64_t num_chunks,
   }
   loop->Wait();
 }
-
-void Workers::RunOnOwnThread(std::function<void()> task) { TheOwnThreads().Run(std::move(task)); }
 
 }  // namespace jax_fusco::cpu

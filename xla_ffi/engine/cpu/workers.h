@@ -1,4 +1,4 @@
-// Library threads: helpers that share the copies of a shuffle, and threads that complete futures.
+// Library threads that share the copies of a shuffle.
 #ifndef JAX_FUSCO_ENGINE_CPU_WORKERS_H_
 #define JAX_FUSCO_ENGINE_CPU_WORKERS_H_
 
@@ -8,8 +8,7 @@
 namespace jax_fusco::cpu {
 
 // The floating-point mode of the calling thread (rounding, subnormals). XLA's threads flush
-// subnormals to zero, ours do not: rows are summed in the default mode everywhere, and a thread
-// that runs the rest of a program for XLA does so in the mode that program began with.
+// subnormals to zero, ours do not: rows are summed in the default mode everywhere.
 class FpMode {
  public:
   static FpMode Current();
@@ -47,10 +46,6 @@ class Workers {
   static void ParallelFor(int threads, int64_t num_chunks,
                           const std::function<void(int64_t)>& chunk,
                           const Schedule& schedule = nullptr);
-
-  // Runs `task` on a library thread that runs nothing else until the task has ended: completing a
-  // future runs the rest of a device's program, which may block on its peers.
-  static void RunOnOwnThread(std::function<void()> task);
 };
 
 }  // namespace jax_fusco::cpu
