@@ -169,9 +169,10 @@ def assert_calls_take_turns(text):
             continue
         found += 1
         assert len(calls) == 1, part
-        if "closed_call" in name:  # under jax.vmap: of a loop that takes its turn as a whole
-            part = next(p for p in parts.values() if "while" in p and "jax_fusco_" in p.split()[0])
-        assert part.startswith("%jax_fusco_")
+        while not part.startswith("%jax_fusco_"):  # in a loop that takes its turn as a whole
+            assert not part.startswith("ENTRY")
+            users = r"(to_apply|body)=%" + re.escape(name) + r"\b(?!\.)"
+            name, part = next((n, p) for n, p in parts.items() if re.search(users, p))
         branches = re.search(r" conditional\(.*branch_computations=\{%([^,]+), %([^}]+)\}", part)
         assert branches, part
         assert any(" collective-permute(" in parts[name] for name in branches.groups())
