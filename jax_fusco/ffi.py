@@ -108,7 +108,8 @@ def register() -> None:
     """Registers every custom call now, starting JAX's backends if they are not up.
 
     Calls register themselves when they are traced. Programs that were exported or serialised
-    elsewhere are never traced here: call this before running them.
+    elsewhere are never traced here: call this before running them. Export a program for CPU devices
+    by itself: in one for several platforms nothing orders its calls among XLA's collectives there.
 
     Raises:
       ImportError: the compiled module is missing, or was built for a newer jaxlib.
@@ -155,13 +156,13 @@ def among_collectives(name: str, custom_call: Callable[..., Any], axis: Axis) ->
     XLA:CPU starts collectives in the program's order on every device, custom calls in any order,
     where ranks that wait in different calls would wait for ever. A call that is not inlined is one
     step of its schedule, and one of the collectives for the sake of that which it holds and never
-    runs.
+    runs. (JAX inlines all calls of a program that was exported for several platforms.)
     """
 
     def never(rank: jax.Array, *others: jax.Array) -> jax.Array:
         # Of all operands: partial evaluation would take a branch that it knows before to a place of
         # its own.
-        firsts = [(x.reshape(-1)[:1] != 0).sum(dtype=rank.dtype) for x in others]
+        firsts = [x.reshape(-1)[:1].astype(bool).sum(dtype=rank.dtype) for x in others]
         return vary(lax.ppermute(sum(firsts, rank), axis.names, [(0, 0)]), varying_axes(rank))
 
     def nothing(rank: jax.Array, *others: jax.Array) -> jax.Array:
@@ -189,6 +190,12 @@ def call(
     aliases: dict[int, int] | None = None,
 ) -> Sequence[jax.Array]:
     """The custom call `jax_fusco_<name>`: `rank` and `group` first, then the operands."""
+    for shape in (*(x.shape for x in operands), *(shape for shape, _ in results)):
+        if not all(isinstance(size, int) for size in shape):
+            raise ValueError(
+                f"jax_fusco_{name}: got an array of shape {shape}, need sizes that are numbers: "
+                "export one program for each"
+            )
     register()
     varying = varying_axes(operands) | checked_axes(axis)
 
@@ -205,8 +212,7 @@ def call(
         if axis.size == 1 or platform() in GPU_PLATFORMS:
             return custom_call(*operands)
         ordered = among_collectives(name, custom_call, axis)
-        if platform() == "cpu":
-            return ordered(*operands)
+        # Programs for several platforms choose when they run, those for one when they are lowered.
         return lax.platform_dependent(*operands, cpu=ordered, default=custom_call)
 
     return in_manual_axes(local)(axis.rank(), *operands)

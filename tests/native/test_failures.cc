@@ -1,6 +1,9 @@
 // Ranks that do not come, come wrongly or come late, and settings that make no sense: who hears
 // which sentence, and that the next call works.
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -29,18 +32,22 @@ class Scene {
   explicit Scene(const char* timeout) { setenv("JAX_FUSCO_TIMEOUT_S", timeout, 1); }
   ~Scene() { unsetenv("JAX_FUSCO_TIMEOUT_S"); }
 
-  // Returns when the rank waits, or has left.
+  // Returns when the rank waits, or has left: when all who have not left wait.
   Visit Come(const Arrival& arrival) {
-    const int64_t before = site_->Waiting();
-    Visit visit(site_, arrival, std::make_shared<CountingJob>(&runs_));
-    while (site_->Waiting() == before && !visit.Over()) std::this_thread::yield();
-    return visit;
+    visits_.emplace_back(site_, arrival, std::make_shared<CountingJob>(&runs_));
+    const auto here = [&] {
+      return std::count_if(visits_.begin(), visits_.end(),
+                           [](const Visit& visit) { return !visit.Over(); });
+    };
+    while (here() != site_->Waiting()) visits_.back().Over(1);
+    return visits_.back();
   }
   Visit Come(int64_t rank) { return Come(At(5, 7, rank, 4)); }
   int runs() const { return runs_; }
 
  private:
   std::shared_ptr<CallSite> site_ = std::make_shared<CallSite>("a_call");
+  std::vector<Visit> visits_;
   int runs_ = 0;
 };
 
@@ -120,6 +127,22 @@ void GoesOnWhileAnotherFailed() {
   const Visit other[] = {scene.Come(At(6, 7, 0, 2)), scene.Come(At(6, 7, 1, 2)),
                          scene.Come(At(5, 8, 1, 2)), scene.Come(At(5, 8, 0, 2))};
   for (const Visit& visit : other) CHECK(visit.Wait().ok());
+}
+
+// Time runs out for peers that do not come, not for a job.
+void JobMayTakeLonger() {
+  struct SlowJob : Job {
+    Status Run(const std::vector<const Job*>&, const cpu::Settings&) const override {
+      std::this_thread::sleep_for(std::chrono::milliseconds(800));
+      return Status::Ok();
+    }
+  };
+  setenv("JAX_FUSCO_TIMEOUT_S", "0.4", 1);
+  std::vector<std::unique_ptr<SlowJob>> jobs(3);
+  for (auto& job : jobs) job = std::make_unique<SlowJob>();
+  const Status status = Meet(std::move(jobs));
+  CHECK_EQ(status.message, string());
+  unsetenv("JAX_FUSCO_TIMEOUT_S");
 }
 
 void RankOutOfRange() {
@@ -214,6 +237,7 @@ int main(int argc, char** argv) {
                   {{"MissingRankIsNamed", MissingRankIsNamed},
                    {"MissingRanksAreNamed", MissingRanksAreNamed},
                    {"GoesOnWhileAnotherFailed", GoesOnWhileAnotherFailed},
+                   {"JobMayTakeLonger", JobMayTakeLonger},
                    {"RankOutOfRange", RankOutOfRange},
                    {"TwoDevicesClaimOneRank", TwoDevicesClaimOneRank},
                    {"PeersOfOtherNumber", PeersOfOtherNumber},

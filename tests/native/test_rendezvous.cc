@@ -93,7 +93,7 @@ void OldCallWaits() {
   const auto site = std::make_shared<CallSite>("site");
   Record old, record;
   const Visit first(site, At(0, 0, 0, 2), MakeJob(&old, 0));
-  while (site->Waiting() < 1) std::this_thread::yield();
+  while (site->Waiting() < 1) CHECK(!first.Over(1));
   for (int64_t run = 1; run <= 400; ++run) {
     const Visit one(site, At(run, 0, 1, 2), MakeJob(&record, 1, run));
     const Visit other(site, At(run, 0, 0, 2), MakeJob(&record, 0, run));

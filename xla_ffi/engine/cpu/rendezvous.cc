@@ -96,6 +96,8 @@ Status CallSite::Impl::Run(const std::vector<const Job*>& jobs, const Settings& 
     return jobs[0]->Run(jobs, settings);
   } catch (const std::exception& error) {
     return Status::Internal(Concat(name, ": ", error.what(), "."));
+  } catch (...) {  // or the peers would wait for ever
+    return Status::Internal(Concat(name, ": an unknown exception."));
   }
 }
 
@@ -115,7 +117,6 @@ void CallSite::Impl::GiveUp(const Arrival& arrival, Call* call) const {
              here.size() == 1 ? " waits" : " wait",
              "; look for an earlier error on the missing ranks' devices, or for a shuffle under a "
              "condition that ranks decide differently."));
-  std::fprintf(stderr, "%s\n", call->status.message.c_str());
 }
 
 Status CallSite::Meet(const Arrival& arrival, const Job& job) {
@@ -181,6 +182,8 @@ Status CallSite::Meet(const Arrival& arrival, const Job& job) {
   }
   call->left.wait(lock, [&] { return call->over; });
   --impl_->ranks_waiting;
+  lock.unlock();
+  if (!in_time) std::fprintf(stderr, "%s\n", call->status.message.c_str());
   return call->status;
 }
 
