@@ -107,7 +107,7 @@ types: $(VENV)/.group-lint $(VENV)/.extra-test  ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bazel: $(VENV)/.group-bazel $(VENV)/.extra-test  ## build and test with Bazel, offline
-	JAX_FUSCO_PYTHON=$(abspath $(BIN))/python bazel test //:all
+	PATH="$(abspath $(BIN)):$$PATH" JAX_FUSCO_PYTHON=$(abspath $(BIN))/python bazel test //:all
 
 wheel: $(VENV)/.group-release  ## sdist, and a wheel built from it, into dist/
 	$(BIN)/python -m build --quiet

@@ -163,7 +163,8 @@ def among_collectives(name: str, custom_call: Callable[..., Any], axis: Axis) ->
         # Of all operands: partial evaluation would take a branch that it knows before to a place of
         # its own.
         firsts = [x.reshape(-1)[:1].astype(bool).sum(dtype=rank.dtype) for x in others]
-        return vary(lax.ppermute(sum(firsts, rank), axis.names, [(0, 0)]), varying_axes(rank))
+        one_axis = max(axis.names, key=lax.axis_size)  # several must come in the mesh's order
+        return vary(lax.ppermute(sum(firsts, rank), one_axis, [(0, 0)]), varying_axes(rank))
 
     def nothing(rank: jax.Array, *others: jax.Array) -> jax.Array:
         return 0 * rank
