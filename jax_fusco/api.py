@@ -151,7 +151,7 @@ def make_plan(
         # Nothing crosses, and plain XLA serves ranks that do not reach each other.
         topology, chosen = None, "xla"
     with jax.named_scope("jax_fusco.make_plan"):
-        integers, crossing = primitive.plan(
+        (*integers, chain), crossing = primitive.plan(
             movers.Call(chosen, axis),
             jax.lax.stop_gradient(ids),
             topology,
@@ -162,6 +162,7 @@ def make_plan(
         name = functools.partial(checkpoint_name, name=PLAN_NAME)
         return Plan(
             *map(name, integers),
+            chain=name(chain) if chain.size else None,
             crossing=jax.tree.map(name, crossing),
             axis_name=axis.names or None,
             num_experts=num_experts,

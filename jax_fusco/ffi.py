@@ -159,39 +159,50 @@ def among_collectives(name: str, custom_call: Callable[..., Any], axis: Axis) ->
     runs. (JAX inlines all calls of a program that was exported for several platforms.)
     """
 
-    def never(rank: jax.Array, *others: jax.Array) -> jax.Array:
+    def never(rank: jax.Array, *others: jax.Array | None) -> jax.Array:
         # Of all operands: partial evaluation would take a branch that it knows before to a place of
         # its own.
-        firsts = [x.reshape(-1)[:1].astype(bool).sum(dtype=rank.dtype) for x in others]
+        arrays = jax.tree.leaves(others)
+        firsts = [x.reshape(-1)[:1].astype(bool).sum(dtype=rank.dtype) for x in arrays]
         one_axis = max(axis.names, key=lax.axis_size)  # several must come in the mesh's order
         return vary(lax.ppermute(sum(firsts, rank), one_axis, [(0, 0)]), varying_axes(rank))
 
-    def nothing(rank: jax.Array, *others: jax.Array) -> jax.Array:
-        return 0 * rank
+    def nothing(rank: jax.Array, *others: jax.Array | None) -> jax.Array:
+        return 0 * rank  # of the type that any result has in an inner shard_map
 
-    def ordered(rank: jax.Array, *others: jax.Array) -> Any:
+    def ordered(rank: jax.Array, *others: jax.Array | None) -> Any:
         alike = vary((rank, *others), varying_axes(rank, others))
         return custom_call(rank + lax.cond(rank < 0, never, nothing, *alike), *others)
 
     ordered.__name__ = f"jax_fusco_{name}"
 
-    def called(*operands: jax.Array) -> Any:
+    def called(*operands: jax.Array | None) -> Any:
         with set_xla_metadata(inlineable="false"):
             return jax.jit(ordered)(*operands)
 
     return called
 
 
+def no_elements(like: jax.Array, dtype: Any, *row: int) -> jax.Array:
+    """`[0, *row]`. From an operand: a constant may be saved for a backward pass and come back as a
+    parameter, and jaxlib 0.11.2 crashes on parameters without elements."""
+    return like.reshape(-1)[:0].reshape(0, *row).astype(bool).astype(dtype)
+
+
 def call(
     name: str,
     axis: Axis,
     results: Sequence[tuple[tuple[int, ...], Any]],
-    *operands: jax.Array,
+    *operands: jax.Array | None,
     attributes: dict[str, int] | None = None,
     aliases: dict[int, int] | None = None,
 ) -> Sequence[jax.Array]:
-    """The custom call `jax_fusco_<name>`: `rank` and `group` first, then the operands."""
-    for shape in (*(x.shape for x in operands), *(shape for shape, _ in results)):
+    """The custom call `jax_fusco_<name>`: `rank` and `group` first, then the operands.
+
+    None is an integer array of no elements.
+    """
+    shapes = [x.shape for x in operands if x is not None]
+    for shape in (*shapes, *(shape for shape, _ in results)):
         if not all(isinstance(size, int) for size in shape):
             raise ValueError(
                 f"jax_fusco_{name}: got an array of shape {shape}, need sizes that are numbers: "
@@ -200,15 +211,18 @@ def call(
     register()
     varying = varying_axes(operands) | checked_axes(axis)
 
-    def custom_call(*operands: jax.Array) -> Sequence[jax.Array]:
+    @functools.partial(jax.jit, inline=True)
+    def custom_call(*operands: jax.Array | None) -> Sequence[jax.Array]:
+        last = jax.tree.leaves(operands)[-1]
+        arrays = (no_elements(last, jnp.int32) if x is None else x for x in operands)
         return jax.ffi.ffi_call(
             f"jax_fusco_{name}",
             [struct(shape, dtype, varying) for shape, dtype in results],
             vmap_method="sequential",
             input_output_aliases=aliases,
-        )(*operands, num_ranks=axis.size, **(attributes or {}))
+        )(*arrays, num_ranks=axis.size, **(attributes or {}))
 
-    def local(rank: jax.Array, *operands: jax.Array) -> Sequence[jax.Array]:
+    def local(rank: jax.Array, *operands: jax.Array | None) -> Sequence[jax.Array]:
         operands = (rank, axis.group(), *operands)
         if axis.size == 1 or platform() in GPU_PLATFORMS:
             return custom_call(*operands)
@@ -271,8 +285,6 @@ def gather_rows(
     untouched rows (`source` is -2, `zero_tail` is False) are those of `into`, bit for bit.
     """
     assert into is None or (len(into) == len(rows) and not zero_tail)
-    if chain is None:
-        chain = jnp.zeros(0, jnp.int32)
     attributes = {"fanout": fanout, "zero_tail": int(zero_tail)}
     moved: list[jax.Array] = []
     for first in range(0, len(rows), MAX_ARRAYS):
@@ -294,7 +306,7 @@ def gather_rows_weighted(
     y: jax.Array,
     source_rank: jax.Array,
     source: jax.Array,
-    chain: jax.Array,
+    chain: jax.Array | None = None,
     *,
     axis: Axis,
 ) -> tuple[jax.Array, jax.Array]:

@@ -28,27 +28,38 @@ class Indices(NamedTuple):
     merge: jax.Array | None
 
 
-def _or_none(array: jax.Array | None, dtype: Any) -> jax.Array:
+Operand = jax.Array | jax.ShapeDtypeStruct
+
+
+def _or_none(array: jax.Array | None, dtype: Any, *row: int) -> Operand:
     """Arrays without elements stand for None in the custom calls."""
-    return jnp.zeros(0, dtype) if array is None else array
+    return jax.ShapeDtypeStruct((0, *row), dtype) if array is None else array
 
 
 def _call(
     name: str,
     shapes: list[tuple[tuple[int, ...], Any]],
-    *operands: jax.Array,
+    *operands: Operand,
     **attributes: int,
 ) -> Sequence[jax.Array]:
     """The custom call `jax_fusco_<name>`, which has no peers; `shapes` are (shape, dtype)."""
     ffi.register()
-    varying = varying_axes(operands)
+    absent = [x if isinstance(x, jax.ShapeDtypeStruct) else None for x in operands]
+    given = [x for x in operands if not isinstance(x, jax.ShapeDtypeStruct)]
+    varying = varying_axes(given)
     results = [struct(shape, dtype, varying) for shape, dtype in shapes]
 
-    def call(*operands: jax.Array) -> Sequence[jax.Array]:
+    @functools.partial(jax.jit, inline=True)
+    def call(*given: jax.Array) -> Sequence[jax.Array]:
+        rest = iter(given)
+        arrays = [
+            next(rest) if x is None else ffi.no_elements(given[0], x.dtype, *x.shape[1:])
+            for x in absent
+        ]
         called = jax.ffi.ffi_call(f"jax_fusco_{name}", results, vmap_method="sequential")
-        return called(*operands, **attributes)
+        return called(*arrays, **attributes)
 
-    return ffi.in_manual_axes(call)(*operands)
+    return ffi.in_manual_axes(call)(*given)
 
 
 def _matmul(
@@ -74,7 +85,7 @@ def _matmul(
         _or_none(indices.source, jnp.int32),
         _or_none(indices.merge, jnp.int32),
         _or_none(weights, jnp.float32),
-        jnp.zeros((0, width), rows.dtype) if partner is None else partner,
+        _or_none(partner, rows.dtype, width),
         transposed=int(transposed),
     )
     return out, dots

@@ -21,7 +21,7 @@ from jax_fusco.mesh import Axis
 IMPLEMENTATIONS = {"xla": reference, "fused": ffi}
 
 # Indices of one shuffle: (slot_rank, slot, source_rank, source, chain).
-Indices = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+Indices = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Plan:
         group.
       num_dropped: assignments to this rank's experts that found no room.
       num_invalid: ids outside [-1, num_experts) in this rank's own `expert_ids`.
-      chain: lets the engine of GPUs read a token once for all its rows here; empty elsewhere.
+      chain: lets the engine of GPUs read a token once for all its rows here; None elsewhere.
       crossing: how rows cross between nodes, None without a topology.
       axis_name, num_experts, num_ranks, alignment, implementation: static, as given or chosen; with
         a placement `num_experts` is the number of its slots.
@@ -87,7 +87,7 @@ class Plan:
     source: Int32[Array, " C"]
     num_dropped: Int32[Array, ""]
     num_invalid: Int32[Array, ""]
-    chain: Int32[Array, " C_or_0"]
+    chain: Int32[Array, " C"] | None
     crossing: Crossing | None
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
     num_experts: int = dataclasses.field(metadata={"static": True})

@@ -198,7 +198,7 @@ def gather_rows_weighted(
     y: jax.Array,
     source_rank: jax.Array,
     source: jax.Array,
-    chain: jax.Array,
+    chain: jax.Array | None = None,
     *,
     axis: Axis,
 ) -> tuple[jax.Array, jax.Array]:

@@ -224,7 +224,6 @@ def gather_rows_weighted(
         y.reshape(capacity, width),
         jnp.minimum(source, 0),
         source,
-        jnp.zeros(0, jnp.int32),
         axis=Axis((), 1),
     )
 

@@ -277,6 +277,38 @@ def test_strict_promotion_of_dtypes():
     assert_same_bits(signs, np.asarray(rows) > 0)
 
 
+@both
+def test_no_arrays_without_elements_are_saved_for_the_backward_pass(implementation):
+    """jaxlib 0.11.2 crashes on parameters without elements."""
+    x, ids, weights, scale = arguments()
+    kernel = np.ones((EXPERTS, D, D), "f4")
+
+    def layers(x, ids, weights, scale, kernel):
+        def layer(x, each):
+            plan = jf.make_plan(
+                each[0], axis_name="expert", num_experts=EXPERTS, implementation=implementation
+            )
+            rows = jf.grouped_matmul(jf.dispatch(x, plan), kernel, plan.group_sizes)
+            return jf.combine(rows * each[2], each[1], plan), None
+
+        return jax.lax.scan(layer, x, (ids, weights, scale))[0]
+
+    run = jax.shard_map(
+        lambda x, ids, weights, scale, kernel: layers(x[0], ids[0], weights[0], scale[0], kernel)[
+            None
+        ],
+        mesh=make_mesh(RANKS),
+        in_specs=PartitionSpec("expert"),
+        out_specs=PartitionSpec("expert"),
+    )
+    operands = x, ids, weights, scale, kernel
+    gradients = jax.grad(lambda x, *rest: run(x, *rest).sum())
+    text = jax.jit(gradients).lower(*operands).as_text()
+    taken = re.findall(r"func\.func .*@\w+\((.*)\) ->", text)
+    assert taken
+    assert not re.findall(r"tensor<(?:\d+x)*0x", " ".join(taken))
+
+
 def test_every_custom_call_name_is_ours():
     x, ids, weights, scale = arguments()
     lowered = loss_and_gradients("fused", WRAPS["none"]).lower(x, weights, scale, ids).as_text()
