@@ -260,10 +260,7 @@ def combine(
     wide = y if movers.is_summable(y.dtype) else y.astype(jnp.float32)
     wide_out = out_dtype if movers.is_summable(out_dtype) else jnp.dtype(jnp.float32)
     if weights is not None:
-        weights = checks.array("weights", weights)
-        checks.floating("weights", weights.dtype)
-        if weights.shape != plan.slot.shape:
-            raise ValueError(f"weights: got shape {weights.shape}, need {plan.slot.shape}")
+        weights = checks.weights(weights, plan.slot.shape)
         weights = weights.astype(jnp.promote_types(wide.dtype, jnp.float32))
     call = movers.Call(plan.implementation, axis, out_dtype=wide_out)
     with jax.named_scope("jax_fusco.combine"):

@@ -30,6 +30,15 @@ def floating(name: str, dtype: Any) -> None:
         raise TypeError(f"{name}: got dtype {dtype}, need a floating dtype")
 
 
+def weights(value: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Router weights: floating, `[T, k]`."""
+    found = array("weights", value)
+    floating("weights", found.dtype)
+    if found.shape != shape:
+        raise ValueError(f"weights: got shape {found.shape}, need {shape}")
+    return found
+
+
 def axes(name: str, value: Any) -> tuple[str, ...]:
     """The mesh axes that `value` names, not None."""
     names = (value,) if isinstance(value, str) else value
@@ -49,7 +58,7 @@ def payload(name: str, x: jax.Array, rows: str | None, number: int | None) -> No
     extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)
     packed = not extended and x.dtype.name.startswith(("int2", "int4", "uint2", "uint4", "float4"))
     if extended or packed or x.dtype.itemsize not in (1, 2, 4, 8):
-        raise TypeError(f"{name}: got dtype {x.dtype}, need one of 1, 2, 4 or 8 bytes")
+        raise TypeError(f"{name}: got dtype {x.dtype}, need one of 8, 16, 32 or 64 bits")
     if not x.ndim or (number is not None and x.shape[0] != number):
         need = "rows along a leading dimension"
         if rows is not None:

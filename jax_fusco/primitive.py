@@ -2,7 +2,8 @@
 whichever implementation was chosen.
 
 The backward of a dispatch is an unweighted combine, that of a combine a weighted dispatch; both
-reuse the forward's plan.
+reuse the forward's plan. Backwards are made of the differentiable movers, so that derivatives of
+any order exist (rows travel as words, of which autodiff knows nothing).
 """
 
 from __future__ import annotations
@@ -48,8 +49,7 @@ def _sum_home(call: Call, ct: jax.Array, indices: Indices) -> jax.Array:
     """The unweighted sum over each token's rows: the cotangent of a dispatched array."""
 
     def reduce(y: jax.Array) -> jax.Array:
-        summed = dataclasses.replace(call, out_dtype=y.dtype)
-        return _level(indices).reduce_rows(summed, y, None, indices)
+        return _combine(dataclasses.replace(call, out_dtype=y.dtype), y, None, indices)
 
     if jnp.issubdtype(ct.dtype, jnp.complexfloating):
         total = reduce(_real_view(ct))
@@ -90,15 +90,39 @@ def _combine_fwd(call: Call, y: jax.Array, weights: jax.Array | None, indices: I
 def _combine_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
     y, weights, indices = residuals
     with jax.named_scope("jax_fusco.combine_backward"):
-        level = _level(indices)
         if weights is None:
-            (dy,) = level.gather_rows(call, (g.astype(y.dtype),), indices)
+            (dy,) = _dispatch(call, (g.astype(y.dtype),), indices)
             return dy, None, None
-        dy, dweights = level.gather_rows_weighted(call, g, weights, y, indices)
+        dy, dweights = _dispatch_weighted(call, g, weights, y, indices)
         return dy, dweights, None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch_weighted(
+    call: Call, g: jax.Array, weights: jax.Array, y: jax.Array, indices: Indices
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of `g` to their slots, times their weights; the products of those rows with `y`'s."""
+    return _level(indices).gather_rows_weighted(call, g, weights, y, indices)
+
+
+def _dispatch_weighted_fwd(call: Call, *operands: Any) -> Any:
+    return _dispatch_weighted(call, *operands), operands
+
+
+def _dispatch_weighted_bwd(call: Call, operands: Any, cts: tuple[jax.Array, jax.Array]) -> Any:
+    g, weights, y, indices = operands
+    ct_rows, ct_weights = cts
+    summed = dataclasses.replace(call, out_dtype=g.dtype)
+    dg = _combine(summed, ct_rows, weights, indices) + _combine(summed, y, ct_weights, indices)
+    # Both results are linear in both: the other two cotangents are the same call again.
+    dy, dweights = _dispatch_weighted(call, g, ct_weights, ct_rows, indices)
+    return dg, dweights, dy, None
+
+
+_dispatch_weighted.defvjp(_dispatch_weighted_fwd, _dispatch_weighted_bwd)
 
 
 def dispatch(call: Call, rows: tuple[jax.Array, ...], indices: Indices) -> tuple[jax.Array, ...]:
@@ -147,7 +171,7 @@ def _ragged_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
         here, there = exchange(output_offsets), exchange(input_offsets)
         zeros = jnp.zeros_like(operand)
         back = (here, recv_sizes, there, send_sizes)
-        d_operand = run(call.implementation, "ragged_all_to_all", g, zeros, *back, axis=call.axis)
+        d_operand = _ragged(call, g, zeros, back)
         row = jnp.arange(g.shape[0], dtype=here.dtype)[:, None]
         received = ((row >= here) & (row < here + recv_sizes)).any(1)
         received = received.reshape((-1,) + (1,) * (g.ndim - 1))

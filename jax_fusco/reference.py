@@ -55,7 +55,8 @@ def water_fill(counts: jax.Array, capacity: int, alignment: int) -> jax.Array:
     blocks_before = jnp.cumsum(blocks_wanted) - blocks_wanted
     blocks = jnp.clip(blocks_left - blocks_before, 0, blocks_wanted)
     extra = jnp.minimum(wanted, free + blocks * alignment)
-    return (kept + (cut & (jnp.cumsum(cut, 1) <= extra[:, None]))).astype(jnp.int32)
+    more = cut & (jnp.cumsum(cut, 1) <= extra[:, None])
+    return (kept + more.astype(kept.dtype)).astype(jnp.int32)
 
 
 def lay_out(kept: jax.Array, alignment: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from jax_fusco import movers, primitive
+from jax_fusco import checks, movers, primitive
 from jax_fusco.mesh import Axis, checked_axes, unshard, vary, varying_axes
 from jax_fusco.plan import PLAN_NAME, Plan
 
@@ -55,9 +55,14 @@ class TokenPlan:
         return self.rows.capacity
 
     def local_weights(self, weights: Float[Array, "T k"]) -> Float[Array, " A"]:
-        """The weight of each assignment here, zero where there is none. Differentiable."""
+        """The weight of each assignment here, zero where there is none. Differentiable.
+
+        Raises:
+          TypeError, ValueError: `weights` is no floating array of the shape of the `expert_ids`.
+        """
         from jax_fusco import api
 
+        weights = checks.weights(weights, self.rows.slot.shape)
         return self.weights_of(api.dispatch(weights, self.rows))
 
     def weights_of(self, dispatched: Float[Array, "C k"]) -> Float[Array, " A"]:

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import routings
-from helpers import assert_same_bits, both, cases, per_rank
+from helpers import assert_same_bits, both, cases, make_mesh, per_rank
 
 import jax_fusco as jf
 from jax_fusco.mesh import Axis
@@ -171,22 +171,30 @@ def test_a_layer_equals_its_dense_formulation(implementation, num_ranks, check_v
 
 
 @both
-def test_gradients_by_finite_differences(implementation):
+@pytest.mark.parametrize("topology", [None, jf.Topology()])
+def test_gradients_of_gradients_by_finite_differences(implementation, topology):
     from jax.test_util import check_grads
 
-    ids = routings.masked(np.random.default_rng(0), 2, 3, 2, 4)
+    sizes = {"expert": 2} if topology is None else {"node": 2, "expert": 2}
+    ranks, axis = 2 * sizes.get("node", 1), tuple(sizes)
+    ids = routings.masked(np.random.default_rng(0), ranks, 3, 2, 4)
     with jax.enable_x64(True):
 
         def layer(ids, x, weights):
             plan = jf.make_plan(
-                ids, axis_name="expert", num_experts=4, implementation=implementation
+                ids,
+                axis_name=axis,
+                num_experts=4,
+                topology=topology,
+                implementation=implementation,
             )
-            return jf.combine(jnp.sin(jf.dispatch(x, plan)), weights, plan)
+            y = jnp.sin(jf.dispatch(x, plan))
+            return jf.combine(y, weights, plan) + jf.combine(y, None, plan) ** 2
 
-        run = per_rank(layer, 2)
+        run = per_rank(layer, make_mesh(sizes), axis)
         rng = np.random.default_rng(1)
-        x, weights = rng.standard_normal((2, 3, 2)), rng.standard_normal((2, 3, 2))
-        check_grads(functools.partial(run, ids), (x, weights), order=1, modes=["rev"])
+        x, weights = rng.standard_normal((2, ranks, 3, 2))
+        check_grads(functools.partial(run, ids), (x, weights), order=2, modes=["rev"])
 
 
 @both

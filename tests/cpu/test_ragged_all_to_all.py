@@ -163,6 +163,28 @@ def test_the_output_given_is_not_changed(implementation):
 
 
 @both
+def test_gradients_of_gradients(implementation):
+    """Of `sum(out**3)`: `6 x` for the sum of gradients, of the rows that are sent."""
+    sizes, in_rows, out_rows = tables(np.random.default_rng(5), 2)
+    operand, output = arrays(np.random.default_rng(6), 2, in_rows, out_rows)
+    run = per_rank(exchange(implementation), 2)
+
+    def sum_of_gradients(operand, output):
+        gradients = jax.grad(lambda *a: (run(*a, *sizes) ** 3).sum(), (0, 1))(operand, output)
+        return sum(g.sum() for g in gradients)
+
+    d_operand, d_output = jax.jit(jax.grad(sum_of_gradients, (0, 1)))(operand, output)
+    sent, kept = np.zeros_like(operand), np.ones_like(output)
+    for rank, slice_ in np.ndindex(sizes[0].shape):
+        first = sizes[0][rank, slice_]
+        sent[rank, first : first + sizes[1][rank, slice_]] = 1
+        first, target = sizes[2][rank, slice_], slice_
+        kept[target, first : first + sizes[1][rank, slice_]] = 0
+    np.testing.assert_allclose(d_operand, 6 * operand * sent, rtol=1e-6)
+    np.testing.assert_allclose(d_output, 6 * output * kept, rtol=1e-6)
+
+
+@both
 def test_chained_exchanges_in_a_scan(implementation):
     rng = np.random.default_rng(0)
     draws = [tables(rng, 4) for _ in range(3)]

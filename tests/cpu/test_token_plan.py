@@ -227,3 +227,7 @@ def test_bad_arguments_are_said():
         r"^weights: got an array, need None with a TokenPlan",
         lambda: jf.combine(y, weights, plan),
     )
+    raises(r"^weights: got shape \(3, 1\), need \(3, 2\)$", lambda: plan.local_weights(y[:3, :1]))
+    raises(r"^weights: got shape \(3,\), need \(3, 2\)$", lambda: plan.local_weights(y[:3, 0]))
+    with pytest.raises(TypeError, match=r"^weights: got dtype int32, need a floating dtype$"):
+        plan.local_weights(jnp.zeros((3, 2), jnp.int32))

@@ -264,11 +264,14 @@ def test_sizes_that_are_no_numbers_are_refused():
         jax.export.export(per_rank(layer, RANKS))(*shapes)
 
 
-def test_strict_promotion_of_dtypes():
+@both
+def test_strict_promotion_of_dtypes(implementation):
     x, ids, *_ = arguments(1)
 
     def move(x, ids):
-        plan = jf.make_plan(ids, axis_name="expert", num_experts=EXPERTS, implementation="fused")
+        plan = jf.make_plan(
+            ids, axis_name="expert", num_experts=EXPERTS, implementation=implementation
+        )
         return jf.dispatch((x, x > 0), plan)
 
     run = per_rank(move, RANKS)

@@ -215,12 +215,12 @@ def test_an_axis_without_shard_map():
         (
             jnp.zeros((6, 2), jnp.int4),
             TypeError,
-            "x: got dtype int4, need one of 1, 2, 4 or 8 bytes",
+            "x: got dtype int4, need one of 8, 16, 32 or 64 bits",
         ),
         (
             jax.random.key(0),
             TypeError,
-            "x: got dtype key<fry>, need one of 1, 2, 4 or 8 bytes",
+            "x: got dtype key<fry>, need one of 8, 16, 32 or 64 bits",
         ),
     ],
 )
@@ -240,7 +240,7 @@ def test_dispatch_other_arguments():
     with jax.enable_x64(True):
         raises(
             TypeError,
-            "x: got dtype complex128, need one of 1, 2, 4 or 8 bytes",
+            "x: got dtype complex128, need one of 8, 16, 32 or 64 bits",
             lambda: jf.dispatch(jnp.zeros((6, 2), jnp.complex128), plan()),
         )
 
