@@ -72,7 +72,7 @@ def programs(spec: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 @click.command(context_settings={"show_default": True})
 @click.option("--devices", type=click.IntRange(1), default=4)
 @click.option("--batch", type=click.IntRange(1), default=2048, help="Tokens over all devices.")
-@click.option("--experts", type=click.IntRange(1), default=8)
+@click.option("--experts", type=click.IntRange(1), default=16)
 @click.option("--top-k", type=click.IntRange(1), default=2)
 @click.option("--width", type=click.IntRange(1), default=128)
 @click.option("--expert-width", type=click.IntRange(1), default=192)

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import click
+
+
+class _Finite(click.FloatRange):
+    """Without NaN, which is outside of no range, and without infinity."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"got {number}, need a finite number", param, ctx)
+        return number
+
+
+def _make_folder(out: pathlib.Path) -> None:
+    """Makes --out before the work that fills it; one sentence where nothing can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise click.ClickException(
+            f"--out: got {out}, need a folder to write to ({error.strerror})"
+        ) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,7 +90,7 @@ def _describe(shape: Any) -> str:
 @click.option("--repeats", type=click.IntRange(1), help="Rounds, one run of everybody in each.")
 @click.option(
     "--capacity-factor",
-    type=float,
+    type=_Finite(0, min_open=True),
     help="Receive buffers over the balanced load; default: as many rows as the routing needs.",
 )
 @click.option("--implementation", help="Ours: fused or xla; default: the library's choice.")
@@ -120,6 +143,7 @@ def bench(
         "capacity_factor": capacity_factor,
         "implementation": implementation,
     }
+    _make_folder(out)
     failed = run(cases, {k: v for k, v in changes.items() if v is not None}, out, _command())
     sys.exit(1 if failed else 0)
 
@@ -166,6 +190,7 @@ def bench_grouped_matmul(
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from None
+    _make_folder(out)
     grouped.run(cases, repeats, out, " ".join(["jax-fusco", *sys.argv[1:]]))
 
 
@@ -216,11 +241,12 @@ def ledger(
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from None
+    if out is not None:
+        _make_folder(out)
     console = Console(width=None if Console().is_terminal else 150)
     console.print(ledger_report.describe(found))
     console.print(ledger_report.table(found))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "ledger.json").write_text(json.dumps(ledger_report.document(found), indent=1) + "\n")
         if not ledger_report.draw(found, out / "ledger.png"):
             console.print("Install jax-fusco[bench] for the picture")
@@ -243,7 +269,7 @@ def ledger(
 )
 @click.option(
     "--load-weight",
-    type=click.FloatRange(0),
+    type=_Finite(0),
     default=1.0,
     show_default=True,
     help="Time of the experts over that of today's communication.",
@@ -281,6 +307,8 @@ def placement(
         stats, in_file, ids, logits = placement_report.read(routing, num_experts)
         if ranks is None and in_file is None:
             raise ValueError(f"--ranks: got nothing, and {routing} has no ranks, need a number")
+        if out is not None:
+            _make_folder(out)
         found = placement_report.study(
             stats,
             ids,
@@ -301,7 +329,6 @@ def placement(
     console.print(placement_report.table(found))
     console.print(placement_report.verdict(found, method))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         found.placements[method].save(out / "placement.json")
         text = json.dumps(placement_report.document(found), indent=1)
         (out / "report.json").write_text(text + "\n")
@@ -316,7 +343,7 @@ def placement(
 @click.option("--gpus", type=click.IntRange(8), multiple=True, help="GPUs; default: 8 to 16384.")
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nics-per-node", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--oversubscription", type=click.FloatRange(1), default=1.0, show_default=True)
+@click.option("--oversubscription", type=_Finite(1), default=1.0, show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="A GPU.")
 @click.option(
     "--out",
@@ -360,6 +387,7 @@ def simulate(
             f"--gpus: got {odd[0]}, need a multiple of the {gpus_per_node} GPUs of a node"
         )
     if routing is None:
+        _make_folder(out)
         study.run(out, changes, gpus or GPUS, tokens)
         return
     from jax_fusco.plan import experts_per_rank
@@ -398,3 +426,7 @@ def _command() -> str:
     arguments = [a if a.isprintable() and " " not in a else json.dumps(a) for a in sys.argv[1:]]
     arguments = [a for a in arguments if a != "bench"]
     return " ".join(["python -m jax_fusco.bench", *arguments])
+
+
+if __name__ == "__main__":
+    main()

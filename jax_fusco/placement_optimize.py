@@ -88,6 +88,7 @@ def optimize_placement(
         raise TypeError(f"load_weight: got {load_weight!r}, need a number of at least 0")
     if not 0 <= load_weight < math.inf:
         raise ValueError(f"load_weight: got {load_weight!r}, need a number of at least 0")
+    seed = whole("seed", seed, 0)
     layers = [stats] if stats.num_layers is None else map(stats.layer, range(stats.num_layers))
     weights = {"search": (1.0, float(load_weight)), "occult": (1.0, 0.0), "balance": (0.0, 1.0)}
     rows = [

@@ -91,10 +91,10 @@ def _combine_bwd(call: Call, residuals: Any, g: jax.Array) -> Any:
     y, weights, indices = residuals
     with jax.named_scope("jax_fusco.combine_backward"):
         if weights is None:
-            (dy,) = _dispatch(call, (g.astype(y.dtype),), indices)
-            return dy, None, None
-        dy, dweights = _dispatch_weighted(call, g, weights, y, indices)
-        return dy, dweights, None
+            dy: Any = _dispatch(call, (g.astype(y.dtype),), indices)
+            return *dy, None, None
+        dy_dweights: Any = _dispatch_weighted(call, g, weights, y, indices)
+        return *dy_dweights, None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)
@@ -116,9 +116,11 @@ def _dispatch_weighted_bwd(call: Call, operands: Any, cts: tuple[jax.Array, jax.
     g, weights, y, indices = operands
     ct_rows, ct_weights = cts
     summed = dataclasses.replace(call, out_dtype=g.dtype)
-    dg = _combine(summed, ct_rows, weights, indices) + _combine(summed, y, ct_weights, indices)
+    dg: Any = _combine(summed, ct_rows, weights, indices)
+    dg += _combine(summed, y, ct_weights, indices)
     # Both results are linear in both: the other two cotangents are the same call again.
-    dy, dweights = _dispatch_weighted(call, g, ct_weights, ct_rows, indices)
+    dy_dweights: Any = _dispatch_weighted(call, g, ct_weights, ct_rows, indices)
+    dy, dweights = dy_dweights
     return dg, dweights, dy, None
 
 

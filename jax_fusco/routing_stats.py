@@ -302,12 +302,15 @@ def _update(stats: RoutingStats, ids: jax.Array) -> RoutingStats:
         hits = _hits(ids, stats.num_experts)
         named = (hits > 0).astype(jnp.float32)
         together = named.T @ named  # at most 2**24 tokens: exact
-        valid = (hits > 0).any(1)
-        sample, weight = _draw(stats, ids, valid)
+        sets = _pack(ids, stats.num_experts)
+        valid = (sets != 0).any(1)
+        # At once, because tokens may lie on several devices.
+        counts = jnp.concatenate([hits, valid[:, None].astype(jnp.int32)], axis=1).sum(0)
+        sample, weight = _draw(stats, sets)
         zeros = jnp.zeros_like
         batch = RoutingStats(
-            _count(zeros(stats.token_limbs), valid.sum()),
-            _count(zeros(stats.load_limbs), hits.sum(0)),
+            _count(zeros(stats.token_limbs), counts[-1]),
+            _count(zeros(stats.load_limbs), counts[:-1]),
             _count(zeros(stats.coactivation_limbs), together),
             sample,
             weight,
@@ -316,28 +319,35 @@ def _update(stats: RoutingStats, ids: jax.Array) -> RoutingStats:
         return _merge(stats, batch)
 
 
-def _draw(stats: RoutingStats, ids: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pack(ids: jax.Array, num_experts: int) -> jax.Array:
+    """[N, k] -> [N, W] words, a bit for each expert."""
+    word = jnp.arange(-(-num_experts // 32), dtype=jnp.int32)
+    packed = jnp.zeros((ids.shape[0], word.shape[0]), jnp.uint32)
+    for j in range(ids.shape[1]):
+        expert = ids[:, j, None]
+        here = (expert >= 0) & (expert < num_experts) & (expert // 32 == word)
+        bit = jnp.uint32(1) << (expert % 32).astype(jnp.uint32)
+        packed |= jnp.where(here, bit, jnp.uint32(0))
+    return packed
+
+
+def _draw(stats: RoutingStats, sets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(sample [S, W], weight [S]): for each slot one of the tokens whose turn it is."""
-    slots, words = stats.sample.shape
-    tokens, k = ids.shape
-    turns = -(-tokens // slots)
-    pad = turns * slots - tokens
-    ids = jnp.pad(ids, ((0, pad), (0, 0)), constant_values=-1).reshape(turns, slots, k)
-    valid = jnp.pad(valid, (0, pad)).reshape(turns, slots)
+    slots, tokens = stats.sample.shape[0], sets.shape[0]
     seen = stats.token_limbs[0]
-    turn, slot = (jnp.arange(n, dtype=jnp.uint32) for n in (turns, slots))
-    order = _mix(seen, turn[:, None], slot[None, :]) >> 1
-    chosen = jnp.where(valid, order, jnp.uint32(2**32 - 1)).argmin(0)
-    picked = jnp.take_along_axis(ids, chosen[None, :, None], axis=0)[0]
-    bits = (_hits(picked, stats.num_experts) > 0).astype(jnp.uint32)
-    bits = jnp.pad(bits, ((0, 0), (0, 32 * words - stats.num_experts)))
-    packed = (bits.reshape(slots, words, 32) << jnp.arange(32, dtype=jnp.uint32)).sum(
-        -1, dtype=jnp.uint32
-    )
+    turn = jnp.arange(-(-tokens // slots), dtype=jnp.int32)[:, None]
     # The first token of this update continues where the last update stopped.
     shift = (seen % jnp.uint32(slots)).astype(jnp.int32)
-    weight = valid.sum(0).astype(jnp.float32)
-    return jnp.roll(packed, shift, axis=0), jnp.roll(weight, shift)
+    place = (jnp.arange(slots, dtype=jnp.int32) - shift) % slots
+    token = turn * slots + place
+    found = sets.at[token].get(mode="fill", fill_value=0)  # [turns, S, W]
+    valid = (found != 0).any(2)
+    if len(turn) == 1:
+        return found[0], valid[0].astype(jnp.float32)
+    order = _mix(seen, turn.astype(jnp.uint32), place.astype(jnp.uint32)) >> 1
+    chosen = jnp.where(valid, order, jnp.uint32(2**32 - 1)).argmin(0)
+    picked = jnp.take_along_axis(found, chosen[None, :, None], axis=0)[0]
+    return picked, valid.sum(0).astype(jnp.float32)
 
 
 @jax.jit

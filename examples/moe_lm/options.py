@@ -75,7 +75,7 @@ _OPTIONS = [
     click.option("--layers", type=COUNT, default=4, help="Transformer layers."),
     click.option("--width", type=COUNT, default=128, help="Features of a byte."),
     click.option("--heads", type=COUNT, default=2, help="Attention heads."),
-    click.option("--experts", type=COUNT, default=8, help="Experts a layer."),
+    click.option("--experts", type=COUNT, default=16, help="Experts a layer."),
     click.option("--top-k", type=COUNT, default=2, help="Experts a byte."),
     click.option("--expert-width", type=COUNT, default=192, help="Hidden features of an expert."),
     click.option(

@@ -127,6 +127,7 @@ _LAYOUTS: dict[str, tuple[_Rule, ...]] = {
         _same("wo_bias", "experts.down_proj_bias", "E d"),
     ),
 }
+_EVERY_BLOCK_HAS = ("router_kernel", "wi_kernel", "wo_kernel")
 LAYOUTS: tuple[str, ...] = tuple(_LAYOUTS)
 """The names of all layouts."""
 
@@ -170,7 +171,12 @@ def _gather(arrays: Arrays, name: str, shape: str, sizes: dict[str, int]) -> tup
         names.append(one)
     if not names:
         return None, set()
-    if (count := sizes.setdefault("E", len(names))) != len(names):
+    if (count := sizes.setdefault("E", len(names))) < len(names):
+        raise ValueError(
+            f"{name.replace('{}', '*')}: got {len(names)} experts, need {count}, one for "
+            "each row of the router"
+        )
+    if count > len(names):
         raise ValueError(
             f"{name.format(len(names))}: got nothing, need one for each of {count} experts"
         )
@@ -181,7 +187,7 @@ def load_params(arrays: Arrays, layout: str) -> dict[str, Any]:
     """Another project's arrays under the names and in the shapes of `MoE`'s attributes.
 
     Args:
-      arrays: the arrays of one layer by name; biases, router and shared experts may be missing.
+      arrays: the arrays of one layer by name; biases and shared experts may be missing.
       layout: one of `LAYOUTS`; the module's table says what each is.
 
     Raises:
@@ -193,7 +199,7 @@ def load_params(arrays: Arrays, layout: str) -> dict[str, Any]:
         found = {name: _gather(arrays, name, shape, sizes) for name, shape in rule.theirs.items()}
         used |= set().union(*(names for _, names in found.values()))
         missing = [name for name, (array, _) in found.items() if array is None]
-        if missing and (len(missing) < len(found) or rule.ours in ("wi_kernel", "wo_kernel")):
+        if missing and (len(missing) < len(found) or rule.ours in _EVERY_BLOCK_HAS):
             raise ValueError(f"{missing[0].format(0)}: got nothing, need it in layout {layout!r}")
         if not missing:
             stacked = [array for array, _ in found.values()]
@@ -228,17 +234,23 @@ def store_params(params: Arrays, layout: str) -> dict[str, Any]:
 def assign_params(moe: MoE, params: Arrays) -> None:
     """Puts arrays, as `load_params` gives them, into the block, in its dtypes and shardings.
 
-    For use outside of `jax.jit`.
+    For use outside of `jax.jit`. Every parameter of the block must be there: give zeros for a
+    balance bias that was not published. Where this raises, the block stays as it was.
 
     Raises:
-      ValueError: a name the block does not have or a shape that is not its own.
+      ValueError: a name the block does not have, one that is missing, or a shape that is not the
+        block's own.
     """
     present = moe.params()
+    for name, old in present.items():
+        if name not in params:
+            raise ValueError(f"{name}: got nothing, need shape {old.shape}: this block has one")
     for name, array in params.items():
         if name not in present:
             raise ValueError(f"{name}: got a parameter that this block does not have")
         old = present[name]
         if tuple(array.shape) != old.shape:
             raise ValueError(f"{name}: got shape {tuple(array.shape)}, need {old.shape}")
-        value = jnp.asarray(array, old.dtype)
+    for name, old in present.items():
+        value = jnp.asarray(params[name], old.dtype)
         getattr(moe, name)[...] = jax.device_put(value, old.sharding)

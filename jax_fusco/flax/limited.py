@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fusco.flax.router import Router, Routing, TopKSoftmaxRouter
+from jax_fusco.flax.router import Router, Routing, TopKSoftmaxRouter, check_router
 from jax_fusco.placement import Placement, check_node
 from jax_fusco.plan import experts_per_rank, whole
 from jax_fusco.pruning import limit_ranks
@@ -51,8 +51,7 @@ class RankLimitedRouter:
     similarity: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.router, Router):
-            raise TypeError(f"router: got {self.router!r}, need a jax_fusco.flax.Router")
+        check_router(self.router)
         if self.similarity is None:
             return
         try:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from jax_fusco import checks
@@ -18,7 +18,7 @@ from jax_fusco.choice import Implementation
 from jax_fusco.flax.experts import ACTIVATIONS
 from jax_fusco.flax.layer import LayerConfig, moe_layer
 from jax_fusco.flax.metrics import MoEMetrics
-from jax_fusco.flax.router import BalanceBias, Router, SoftmaxRouter
+from jax_fusco.flax.router import BalanceBias, Router, SoftmaxRouter, check_router
 from jax_fusco.flax.sharding import Entries, Layout, axis_names, resolve, run_sharded
 from jax_fusco.mesh import AxisName
 from jax_fusco.plan import whole
@@ -137,8 +137,7 @@ class MoE(nnx.Module):
         self.top_k = whole("top_k", top_k, 1)
         self.num_shared_experts = whole("num_shared_experts", num_shared_experts, 0)
         self.alignment = whole("alignment", alignment, 1)
-        if not isinstance(router, Router):
-            raise TypeError(f"router: got {router!r}, need a jax_fusco.flax.Router")
+        check_router(router)
         router.check(num_experts, top_k)
         if activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
@@ -149,6 +148,13 @@ class MoE(nnx.Module):
                 checks.axes(name, value)
         if capacity_factor is not None:
             checks.above_zero("capacity_factor", capacity_factor)
+        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            if value is not None:
+                checks.floating(name, checks.dtype_of(name, value))
+        if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
+            raise TypeError(f"mesh: got {mesh!r}, need a jax.sharding.Mesh or None")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs: got {rngs!r}, need a flax.nnx.Rngs")
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.router = router
         self.activation = activation

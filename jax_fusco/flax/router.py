@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
+
+from jax_fusco import checks
 
 
 class Routing(NamedTuple):
@@ -55,6 +57,13 @@ class Router(Protocol):
         ...
 
 
+def check_router(router: Any) -> None:
+    """TypeError for anything else than a router."""
+    # A router's class has all of a router's members too.
+    if isinstance(router, type) or not isinstance(router, Router):
+        raise TypeError(f"router: got {router!r}, need a jax_fusco.flax.Router")
+
+
 class BalanceBias(nnx.Variable):
     """Bias that is added to the scores when experts are chosen, and at no other place.
 
@@ -72,10 +81,16 @@ def update_balance_bias(
       tokens_per_expert: each expert's assignments in the last step, as `MoEMetrics` has them.
       rate: size of the step.
 
+    Raises:
+      TypeError, ValueError: an argument is no array, or their shapes differ.
+
     Source: Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts"
     (arXiv 2408.15664), algorithm 1, as used by DeepSeek-V3.
     """
-    load = tokens_per_expert.astype(jnp.float32)
+    bias = checks.array("bias", bias)
+    load = checks.array("tokens_per_expert", tokens_per_expert).astype(jnp.float32)
+    if load.shape != bias.shape:
+        raise ValueError(f"tokens_per_expert: got shape {load.shape}, need {bias.shape} of bias")
     return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load).astype(bias.dtype)
 
 

@@ -95,15 +95,21 @@ class Network:
         rates = max_min_rates(np.stack([f[0].usage for f in flights]), self._capacity)
         for flight, rate in zip(flights, rates, strict=True):
             flight[2] = rate
-        first = min(max(0.0, f[1]) / f[2] for f in flights)
-        self._env.process(self._land(first, self._version))
+        times = [max(0.0, flight[1]) / flight[2] for flight in flights]
+        after = min(times)
+        first = {e for e, time in zip(self._flying, times, strict=True) if time == after}
+        self._env.process(self._land(after, first, self._version))
 
-    def _land(self, after: float, version: int) -> Generator[simpy.Event, None, None]:
+    def _land(
+        self, after: float, first: set[simpy.Event], version: int
+    ) -> Generator[simpy.Event, None, None]:
         yield self._env.timeout(after)
         if version != self._version:
             return
         self._progress()
-        arrived = [e for e, f in self._flying.items() if f[1] <= _DONE * f[0].size]
+        # The first have arrived whatever is left of them: late in the day the clock cannot move by
+        # times as short as theirs.
+        arrived = [e for e, f in self._flying.items() if e in first or f[1] <= _DONE * f[0].size]
         for event in arrived:
             del self._flying[event]
             event.succeed()

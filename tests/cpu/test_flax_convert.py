@@ -119,11 +119,10 @@ def logits_by_their_formula(layout: str, a: Arrays, x: np.ndarray) -> np.ndarray
     return x @ a["gate.weight"].T
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_loaded_block_computes_what_the_owner_of_the_layout_computes(layout: str) -> None:
-    arrays = arrays_of(layout)
+def block_of(layout: str) -> MoE:
+    """A block that has a place for every array of the layout."""
     sigmoid, biased = layout in PAIRS, layout in ("wi_wo", "gpt_oss")
-    moe = MoE(
+    return MoE(
         D,
         H,
         num_experts=E,
@@ -135,6 +134,13 @@ def test_a_loaded_block_computes_what_the_owner_of_the_layout_computes(layout: s
         capacity_factor=None,
         rngs=nnx.Rngs(0),
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_loaded_block_computes_what_the_owner_of_the_layout_computes(layout: str) -> None:
+    arrays = arrays_of(layout)
+    sigmoid = layout in PAIRS
+    moe = block_of(layout)
     assign_params(moe, load_params(arrays, layout))
     x = np.random.default_rng(1).normal(size=(7, D)).astype(np.float32)
     y, _ = moe(jnp.asarray(x))
@@ -183,6 +189,18 @@ def without(arrays: Arrays, name: str) -> Arrays:
             "experts.3.up_proj.weight: got nothing, need one for each of 4 experts",
         ),
         (
+            "gate_up_down",
+            lambda a: (
+                without(a, "gate.e_score_correction_bias") | {"gate.weight": a["gate.weight"][1:]}
+            ),
+            "experts.*.gate_proj.weight: got 4 experts, need 3, one for each row of the router",
+        ),
+        (
+            "gate_up_down",
+            lambda a: without(a, "gate.weight"),
+            "gate.weight: got nothing, need it in layout 'gate_up_down'",
+        ),
+        (
             "gpt_oss",
             lambda a: a | {"experts.bias": a["router.bias"]},
             "experts.bias: got a name that layout 'gpt_oss' does not have",
@@ -206,8 +224,52 @@ def test_a_layout_without_biases_refuses_them() -> None:
         store_params(params, "w13_w2")
 
 
+@pytest.mark.parametrize(
+    ("layout", "lacking", "message"),
+    [
+        (
+            "gate_up_down",
+            "shared_experts.",
+            "shared_wi_kernel: got nothing, need shape (6, 2, 10): this block has one",
+        ),
+        (
+            "w1_w2_w3",
+            "shared_experts.w2.",
+            "shared_wo_kernel: got nothing, need shape (10, 6): this block has one",
+        ),
+        (
+            "gate_up_down",
+            "gate.e_score_correction_bias",
+            "balance_bias: got nothing, need shape (4,): this block has one",
+        ),
+        (
+            "gpt_oss",
+            "router.bias",
+            "router_bias: got nothing, need shape (4,): this block has one",
+        ),
+        (
+            "gpt_oss",
+            "experts.down_proj_bias",
+            "wo_bias: got nothing, need shape (4, 6): this block has one",
+        ),
+    ],
+)
+def test_a_block_refuses_arrays_that_leave_a_parameter_out(
+    layout: str, lacking: str, message: str
+) -> None:
+    moe = block_of(layout)
+    before = moe.params()
+    arrays = {n: a for n, a in arrays_of(layout).items() if not n.startswith(lacking)}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        assign_params(moe, load_params(arrays, layout))
+    for name, array in moe.params().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
 def test_a_block_of_another_size_refuses_the_arrays() -> None:
     moe = MoE(D, H + 1, num_experts=E, top_k=2, rngs=nnx.Rngs(0))
+    before = moe.params()
     message = "wi_kernel: got shape (4, 6, 2, 5), need (4, 6, 2, 6)"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         assign_params(moe, load_params(arrays_of("w13_w2"), "w13_w2"))
+    np.testing.assert_array_equal(moe.router_kernel[...], before["router_kernel"])

@@ -40,14 +40,13 @@ def block(
     features: int = 12, hidden: int = 20, experts: int = 8, k: int = 2, **options: Any
 ) -> MoE:
     """A small dropless block whose biases are not zero."""
-    options.setdefault("capacity_factor", None)
+    options = {"capacity_factor": None, "rngs": nnx.Rngs(0), **options}
     moe = MoE(
         features,
         hidden,
         num_experts=experts,
         top_k=k,
         bias_init=nnx.initializers.normal(0.5),
-        rngs=nnx.Rngs(0),
         **options,
     )
     if moe.balance_bias is not None:
@@ -545,6 +544,20 @@ def test_undefined_rows_never_spread(
         ({"k": 9}, ValueError, "top_k: got 9, need 1 to num_experts (8)"),
         ({"features": 0}, ValueError, "features: got 0, need an integer of at least 1"),
         ({"router": "softmax"}, TypeError, "router: got 'softmax', need a jax_fusco.flax.Router"),
+        (
+            {"router": SoftmaxRouter},
+            TypeError,
+            f"router: got {SoftmaxRouter!r}, need a jax_fusco.flax.Router",
+        ),
+        ({"rngs": None}, TypeError, "rngs: got None, need a flax.nnx.Rngs"),
+        ({"mesh": "foo"}, TypeError, "mesh: got 'foo', need a jax.sharding.Mesh or None"),
+        ({"dtype": jnp.int32}, TypeError, "dtype: got dtype int32, need a floating dtype"),
+        ({"dtype": "foo"}, TypeError, "dtype: got 'foo', need a dtype"),
+        (
+            {"param_dtype": jnp.int8},
+            TypeError,
+            "param_dtype: got dtype int8, need a floating dtype",
+        ),
         (
             {"activation": "tanh"},
             ValueError,

@@ -168,6 +168,11 @@ def test_all_ranks_are_the_plain_router_bit_for_bit() -> None:
     [
         (TypeError, {"router": "softmax"}, "router: got 'softmax', need a jax_fusco.flax.Router"),
         (
+            TypeError,
+            {"router": SoftmaxRouter},
+            f"router: got {SoftmaxRouter!r}, need a jax_fusco.flax.Router",
+        ),
+        (
             ValueError,
             {"router": SigmoidRouter(num_groups=3)},
             "num_groups: got 3, need a divisor of num_experts (16)",

@@ -287,6 +287,35 @@ def test_bad_choices_are_one_sentence(arguments: list[str], message: str) -> Non
     assert len(outcome.output.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [
+        ("-1", "-1.0 is not in the range x>0."),
+        ("0", "0.0 is not in the range x>0."),
+        ("nan", "got nan, need a finite number"),
+    ],
+)
+def test_capacities_that_cannot_be_start_nothing(
+    factor: str, reason: str, tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "out"
+    outcome = CliRunner().invoke(main, ["bench", "--capacity-factor", factor, "--out", str(out)])
+    assert outcome.exit_code == 2
+    assert outcome.output.splitlines()[-1] == (
+        f"Error: Invalid value for '--capacity-factor': {reason}"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["bench", "bench-grouped-matmul"])
+def test_a_folder_that_cannot_be_made_is_said_first(command: str) -> None:
+    outcome = CliRunner().invoke(main, [command, "--out", "/dev/null/out"])
+    assert outcome.exit_code == 1
+    assert outcome.output == (
+        "Error: --out: got /dev/null/out, need a folder to write to (Not a directory)\n"
+    )
+
+
 def test_help_lists_every_name() -> None:
     outcome = CliRunner().invoke(main, ["bench", "--help"])
     assert outcome.exit_code == 0

@@ -5,6 +5,7 @@ from importlib import metadata
 
 import pytest
 from click.testing import CliRunner
+from helpers import run_python
 
 from jax_fusco import doctor, ffi
 from jax_fusco.cli import main
@@ -48,6 +49,16 @@ def test_finds_the_cpu_engine_and_succeeds():
     assert code == 0
     assert "row kernels" in output
     assert findings()["CPU engine"].verdict == doctor.GOOD
+
+
+@pytest.mark.parametrize("module", ["jax_fusco", "jax_fusco.cli"])
+def test_the_package_runs_as_a_module(module):
+    done = run_python(
+        "import runpy, sys; sys.argv[1:] = ['doctor']\n"
+        f"runpy.run_module({module!r}, run_name='__main__')"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CPU engine" in done.stdout
 
 
 def test_a_build_without_cuda_is_missing_something_but_not_broken(monkeypatch):

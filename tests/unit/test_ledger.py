@@ -316,6 +316,11 @@ def test_corrupt_files(tmp_path, damage):
 def test_commands_own_refusals(tmp_path):
     path = tmp_path / "routing.npz"
     np.savez(path, expert_ids=np.zeros((4, 3, 1), int))
+    sizes = ("--ranks-per-node", 2, "--row-bytes", 8, "--num-experts", 4)
+    done = run(path, *sizes, "--out", "/dev/null/out")
+    assert done.output == (
+        "Error: --out: got /dev/null/out, need a folder to write to (Not a directory)\n"
+    )
     done = run(path, "--ranks-per-node", 2, "--row-bytes", 8)
     assert done.output == (
         f"Error: --num-experts: got nothing, and {path} has no num_experts, need a number\n"

@@ -407,6 +407,16 @@ def test_errors():
             "load_weight: got True, need a number of at least 0",
         ),
         (
+            ValueError,
+            lambda: optimize(stats, 4, seed=-1),
+            "seed: got -1, need an integer of at least 0",
+        ),
+        (
+            TypeError,
+            lambda: optimize(stats, 4, seed=1.5),
+            "seed: got 1.5, need an integer of at least 0",
+        ),
+        (
             TypeError,
             lambda: slots(0.5, 1),
             "expert_of_slot: got dtype float64, need an integer dtype",

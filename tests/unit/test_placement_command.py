@@ -98,6 +98,13 @@ def test_refusals(tmp_path: pathlib.Path):
         f"{path}: got logits of float32 (4, 900, 5), need a floating dtype and (4, 900, 8)"
     )
     np.savez(path, expert_ids=ids, num_experts=8)
+    assert refusal(path, "--out", "/dev/null/out") == (
+        "--out: got /dev/null/out, need a folder to write to (Not a directory)"
+    )
+    done = CliRunner().invoke(main, ["placement", str(path), "--load-weight", "nan"])
+    assert done.output.splitlines()[-1] == (
+        "Error: Invalid value for '--load-weight': got nan, need a finite number"
+    )
     assert refusal(path, "--ranks", 3) == (
         "num_experts: got 8, need a multiple of the number of ranks (3)"
     )

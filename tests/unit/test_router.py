@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,21 @@ def test_scores_that_all_vanish_give_finite_weights_and_gradients() -> None:
 def test_the_balance_update_is_the_sign_of_the_load_error() -> None:
     got = update_balance_bias(jnp.asarray([0.5, 0.0, 0.0, -1.0]), jnp.asarray([4, 0, 2, 2]), 0.1)
     np.testing.assert_allclose(got, [0.4, 0.1, 0.0, -1.0], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        (jnp.ones(7), ValueError, "tokens_per_expert: got shape (7,), need (8,) of bias"),
+        (jnp.ones((2, 8)), ValueError, "tokens_per_expert: got shape (2, 8), need (8,) of bias"),
+        (None, TypeError, "tokens_per_expert: got NoneType, need an array"),
+    ],
+)
+def test_the_balance_update_needs_a_count_of_each_expert(
+    counts: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        update_balance_bias(jnp.zeros(8), counts)
 
 
 def test_the_balance_update_evens_out_a_skewed_router() -> None:

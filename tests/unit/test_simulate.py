@@ -66,6 +66,13 @@ def test_pipeline_by_hand():
     assert duration([[Chain((late, second), 4)]], capacity) == pytest.approx(8 + 2 + 1)
 
 
+def test_transfers_shorter_than_the_clock_can_tell_arrive():
+    capacity = np.array([1.0, 1.0])
+    # Seconds that pass in steps a clock at 1e6 does not have.
+    late, short = stage(0, 1e6), stage(1, 1e-12)
+    assert duration([[Chain((late,))], [Chain((short,), 3)]], capacity) == pytest.approx(1e6)
+
+
 def test_side_by_side_shares_a_link():
     capacity = np.array([1.0, 1.0])
     chains = [Chain((stage(0, 2),)), Chain((stage(0, 6),))]
@@ -227,8 +234,24 @@ def test_replay(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["routing.npz"]
 
 
+def test_replay_of_rows_that_take_no_time_to_speak_of(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 16, (8, 64, 4))
+    np.savez(tmp_path / "routing.npz", expert_ids=ids, num_experts=16)
+    done = run("--routing", tmp_path / "routing.npz", "--gpus-per-node", 4, "--row-bytes", 100)
+    assert done.exit_code == 0, done.output
+
+
 def test_refusals(tmp_path):
     out = tmp_path / "out"
+    for number in ("nan", "inf"):
+        done = run("--oversubscription", number, "--out", out)
+        assert done.output.splitlines()[-1] == (
+            f"Error: Invalid value for '--oversubscription': got {number}, need a finite number"
+        )
+    done = run("--out", "/dev/null/out")
+    assert done.output == (
+        "Error: --out: got /dev/null/out, need a folder to write to (Not a directory)\n"
+    )
     done = run("--gpus", 12, "--out", out)
     assert done.output == "Error: --gpus: got 12, need a multiple of the 8 GPUs of a node\n"
     path = tmp_path / "routing.npz"
