@@ -168,10 +168,11 @@ class RoutingStats:
         return jax.tree.map(lambda array: array[index], self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an npz file."""
+        """Writes an npz file, of exactly this name."""
         arrays = {name: np.asarray(getattr(self, name)) for name in _ARRAYS}
         arrays["num_experts"] = np.array(self.num_experts)
-        np.savez_compressed(path, allow_pickle=False, **arrays)
+        with open(path, "wb") as file:  # NumPy would add ".npz" to a name without it
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> RoutingStats:

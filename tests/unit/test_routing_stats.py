@@ -180,14 +180,22 @@ def test_merging_equal_ranks_keeps_the_sample_uniform():
     np.testing.assert_allclose(merged.sets.mean(0), merged.load / merged.tokens, atol=0.06)
 
 
+def test_updates_go_on_in_the_slot_where_the_last_one_stopped():
+    stats, ids = Stats.zeros(8, num_samples=8), np.arange(8)[:, None]
+    for tokens in (ids[:3], ids[3:6], ids[6:]):
+        stats = stats.update(tokens)
+    np.testing.assert_array_equal(stats.sample_weight, np.ones(8))
+    np.testing.assert_array_equal(stats.sets, np.eye(8))
+
+
 def test_a_checkpoint_and_a_file_keep_everything(tmp_path: pathlib.Path):
     stats = Stats.zeros(5, 2, num_samples=4).update(np.arange(12).reshape(2, 3, 2) % 5)
-    stats.save(tmp_path / "stats.npz")
+    stats.save(tmp_path / "stats.of.a.run")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "checkpoint", stats)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "checkpoint", jax.eval_shape(lambda: stats))
-    for other in (Stats.from_file(tmp_path / "stats.npz"), restored):
+    for other in (Stats.from_file(tmp_path / "stats.of.a.run"), restored):
         assert jax.tree.structure(other) == jax.tree.structure(stats)
         jax.tree.map(np.testing.assert_array_equal, other, stats)
 
