@@ -154,7 +154,7 @@ def drawn(draw):
 
 
 @given(case=drawn())
-@hypothesis.settings(max_examples=25, phases=[hypothesis.Phase.generate])  # shrinking takes long
+@hypothesis.settings(max_examples=15, phases=[hypothesis.Phase.generate])  # shrinking takes long
 def test_drawn_programs(case):
     sizes, axis, layers, program, experts, width, ids, rng, check_vma = case
     names = axis if isinstance(axis, tuple) else (axis,)

@@ -216,7 +216,7 @@ def test_bad_arguments_get_one_sentence(
             ["--topology=2x4", "--devices=4"],
             "--devices: 4 is not the 8 ranks of --topology 2x4.",
         ),
-        (["--topology=3x2"], "--experts: 8 cannot be divided over the mesh's 6 expert ranks."),
+        (["--topology=3x2"], "--experts: 16 cannot be divided over the mesh's 6 expert ranks."),
         (["--processes=2"], "--processes: got it without --coordinator."),
         (["--distributed"], "--topology: got nothing, and several processes need it."),
         (
