@@ -16,7 +16,7 @@ import jax_fusco as jf
 
 BF16, F16, F32, F64 = np.dtype(ml_dtypes.bfloat16), np.dtype("f2"), np.dtype("f4"), np.dtype("f8")
 TYPES = (BF16, F16, F32, F64)
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "amx")
 LENGTH = 301  # whole column blocks, whole vectors and a rest
 
 

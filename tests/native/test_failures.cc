@@ -203,7 +203,7 @@ void SettingsAreChecked() {
        "'soon', it must be a number of seconds from 0.001 to 1000000."},
       {"JAX_FUSCO_TIMEOUT_S", "nan",
        "'nan', it must be a number of seconds from 0.001 to 1000000."},
-      {"JAX_FUSCO_ISA", "mmx", "'mmx', it must be 'generic', 'avx2' or 'avx512'."},
+      {"JAX_FUSCO_ISA", "mmx", "'mmx', it must be 'generic', 'avx2', 'avx512' or 'amx'."},
   };
   for (const auto& entry : bad) {
     setenv(entry.name, entry.value, 1);

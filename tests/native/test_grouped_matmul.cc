@@ -1,5 +1,6 @@
 // Grouped matrix products over a plain loop in place of the BLAS, against literal sums. Operands
 // are small integers, so that every sum is exact.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -89,8 +90,12 @@ struct Case {
   int64_t Source(int64_t a) const { return source.empty() ? a : source[static_cast<size_t>(a)]; }
   int64_t Merge(int64_t a) const { return merge.empty() ? a : merge[static_cast<size_t>(a)]; }
   double Weight(int64_t a) const { return weights.empty() ? 1 : weights[static_cast<size_t>(a)]; }
-  double Kernel(int64_t e, int64_t i, int64_t j) const {
-    return Get(kernel.data(), (e * p + i) * q + j, type);
+  std::vector<double> Values(const Bytes& bytes) const {
+    std::vector<double> values(bytes.size() / static_cast<size_t>(SizeOf(type)));
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = Get(bytes.data(), static_cast<int64_t>(i), type);
+    }
+    return values;
   }
 
   // Calls visit(group, assignment, row read, row written) where both are there.
@@ -110,6 +115,8 @@ const T* OrNull(const std::vector<T>& values) {
   return values.empty() ? nullptr : values.data();
 }
 
+bool Same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
 // The sums, rounded once, as `type` has them. Zeros may have either sign.
 void CheckSums(const std::vector<double>& sums, const Bytes& found, Float type,
                const std::string& what) {
@@ -117,7 +124,7 @@ void CheckSums(const std::vector<double>& sums, const Bytes& found, Float type,
     char expected[8];
     Put(expected, 0, type, sums[i]);
     const double value = Get(found.data(), static_cast<int64_t>(i), type);
-    if (value == Get(expected, 0, type)) continue;
+    if (Same(value, Get(expected, 0, type))) continue;
     Fail(__FILE__, __LINE__,
          what + ": element " + std::to_string(i) + " is " + std::to_string(value) + ", not " +
              std::to_string(sums[i]));
@@ -153,23 +160,23 @@ void CheckMatmul(Case& c, bool transposed, const cpu::Settings& settings) {
   }
   const Status status = cpu::GroupedMatmul(call, settings);
   if (!CHECK(status.ok())) return;
+  const std::vector<double> rows = c.Values(c.rows), kernel = c.Values(c.kernel), g = c.Values(c.g);
   std::vector<double> sums(static_cast<size_t>(num_out * width)), products(dots.size());
+  // An element of the kernel is so far from the next one of the sum, and of the result.
+  const int64_t next_i = transposed ? 1 : c.q, next_j = transposed ? c.q : 1;
   c.ForEach([&](int64_t e, int64_t a, int64_t read, int64_t written) {
+    const double* const x = transposed ? g.data() + written * c.q : rows.data() + read * c.p;
     for (int64_t j = 0; j < width; ++j) {
+      const double* const k = kernel.data() + e * c.p * c.q + j * next_j;
       double product = 0;
-      for (int64_t i = 0; i < depth; ++i) {
-        product += transposed ? Get(c.g.data(), written * c.q + i, c.type) * c.Kernel(e, j, i)
-                              : Get(c.rows.data(), read * c.p + i, c.type) * c.Kernel(e, i, j);
-      }
+      for (int64_t i = 0; i < depth; ++i) product += x[i] * k[i * next_i];
       sums[static_cast<size_t>((transposed ? read : written) * width + j)] += c.Weight(a) * product;
-      if (transposed) {
-        products[static_cast<size_t>(a)] += product * Get(c.rows.data(), read * c.p + j, c.type);
-      }
+      if (transposed) products[static_cast<size_t>(a)] += product * rows.data()[read * c.p + j];
     }
   });
   CheckSums(sums, out, c.type, transposed ? "transposed" : "forward");
   for (size_t a = 0; transposed && a < dots.size(); ++a) {
-    CHECK_EQ(static_cast<double>(dots[a]), products[a]);
+    CHECK(Same(static_cast<double>(dots[a]), products[a]));
   }
 }
 
@@ -189,14 +196,13 @@ void CheckOuter(Case& c, const cpu::Settings& settings) {
   call.g = AsRows(c.g, c.num_out, c.q, c.type);
   call.out = AsRows(out, c.groups() * c.p, c.q, c.type);
   if (!CHECK(cpu::GroupedOuter(call, settings).ok())) return;
+  const std::vector<double> rows = c.Values(c.rows), g = c.Values(c.g);
   std::vector<double> sums(static_cast<size_t>(c.groups() * c.p * c.q));
   c.ForEach([&](int64_t e, int64_t a, int64_t read, int64_t written) {
     for (int64_t i = 0; i < c.p; ++i) {
-      const double scaled = c.Weight(a) * Get(c.rows.data(), read * c.p + i, c.type);
-      for (int64_t j = 0; j < c.q; ++j) {
-        sums[static_cast<size_t>((e * c.p + i) * c.q + j)] +=
-            scaled * Get(c.g.data(), written * c.q + j, c.type);
-      }
+      const double scaled = c.Weight(a) * rows.data()[read * c.p + i];
+      double* const sum = sums.data() + (e * c.p + i) * c.q;
+      for (int64_t j = 0; j < c.q; ++j) sum[j] += scaled * g.data()[written * c.q + j];
     }
   });
   CheckSums(sums, out, c.type, "outer");
@@ -215,13 +221,22 @@ cpu::Settings ReadSettings(int threads) {
   return settings;
 }
 
+// Every instruction set that this machine has.
+std::vector<cpu::Isa> Isas() {
+  std::vector<cpu::Isa> isas;
+  for (cpu::Isa isa : {cpu::Isa::kGeneric, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAmx}) {
+    if (isa <= cpu::BestIsa()) isas.push_back(isa);
+  }
+  return isas;
+}
+
 void SmallCases() {
   cpu::SetSgemm(PlainSgemm);
   Random random(1);
   for (int i = 0; i < 200; ++i) {
     Case c(random, i % 4 == 0 ? 70 : 9, 1, 40);
     cpu::Settings settings = ReadSettings(1 + i % 3);
-    if (i % 2 == 0) settings.isa = cpu::Isa::kGeneric;
+    settings.isa = Isas()[static_cast<size_t>(i / 4) % Isas().size()];
     Check(c, settings);
   }
 }
@@ -233,6 +248,75 @@ void SeveralTiles() {
     Case c(random, 290, 513, 540);
     Check(c, ReadSettings(4));
   }
+}
+
+// Sums that are made in several parts, several tiles of rows, and strips and panels that are not
+// whole.
+void SeveralParts() {
+  cpu::SetSgemm(PlainSgemm);
+  Random random(6);
+  for (const cpu::Isa isa : Isas()) {
+    if (isa < cpu::Isa::kAvx512) continue;  // SeveralTiles is enough for the BLAS
+    for (const Float type : {Float::kBf16, Float::kF32}) {
+      const auto suits = [&](const Case& c) {
+        const int32_t most = *std::max_element(c.sizes.begin(), c.sizes.end());
+        return c.type == type && c.p % 2 == 0 && c.q % 2 == 0 && most > 512;
+      };
+      Case c(random, 560, 250, 300);
+      while (!suits(c)) c = Case(random, 560, 250, 300);
+      cpu::Settings settings = ReadSettings(2);
+      settings.isa = isa;
+      Check(c, settings);
+    }
+  }
+}
+
+// What an earlier call has left in a thread's memory, NaN at worst, is in no sum.
+void NothingIsLeft() {
+  cpu::SetSgemm(PlainSgemm);
+  Random random(8);
+  const auto make = [&](Float type, int64_t least, int64_t most) {
+    const auto suits = [type](const Case& c) {
+      return c.type == type && c.p % 2 == 0 && c.q % 2 == 0 && c.total >= 32 && c.source.empty() &&
+             c.merge.empty() && c.weights.empty();
+    };
+    Case c(random, 80, least, most);
+    while (!suits(c)) c = Case(random, 80, least, most);
+    return c;
+  };
+  for (const cpu::Isa isa : Isas()) {
+    cpu::Settings settings = ReadSettings(1);
+    settings.isa = isa;
+    for (const Float type : {Float::kBf16, Float::kF32}) {
+      Case before = make(type, 180, 200), c = make(type, 30, 50);
+      for (Bytes* bytes : {&before.rows, &before.kernel, &before.g}) {
+        *bytes = Garbage(static_cast<int64_t>(bytes->size()));
+      }
+      Check(before, settings);
+      CheckMatmul(c, false, settings);
+      Check(before, settings);
+      CheckMatmul(c, true, settings);
+      Check(before, settings);
+      CheckOuter(c, settings);
+    }
+  }
+}
+
+// Kernels of so many elements that their gradient is made of large tiles.
+void LargeGradients() {
+  cpu::SetSgemm(PlainSgemm);
+  Random random(7);
+  Case c(random, 1, 1, 1);
+  c.type = Float::kF32;
+  c.p = 600, c.q = 1600;
+  c.sizes.assign(27, 1);
+  c.sizes[3] = 0;
+  c.total = c.count = c.num_read = c.num_out = 26;
+  c.source.clear(), c.merge.clear(), c.weights.clear();
+  c.rows = Integers(c.count * c.p, c.type, random);
+  c.kernel = Integers(c.groups() * c.p * c.q, c.type, random);
+  c.g = Integers(c.count * c.q, c.type, random);
+  CheckOuter(c, ReadSettings(2));
 }
 
 // Rows whose distance is a power of two, of every type.
@@ -253,25 +337,24 @@ void CountingSgemm(int order, int transpose_a, int transpose_b, int m, int n, in
   PlainSgemm(order, transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
-// Where there are instructions for it, rows that an index collects are multiplied where they lie.
-void IndicesNeedNoBlas() {
+// Where there are instructions for it, groups of 32 rows and more are multiplied without a BLAS,
+// unless it can read many rows in place.
+void WhoNeedsTheBlas() {
   cpu::SetSgemm(CountingSgemm);
   Random random(5);
-  bool collected[2] = {false, false};
-  for (int i = 0; i < 60; ++i) {
-    Case c(random, 70, 20, 40);
-    if (c.type != Float::kF32 || c.total == 0) continue;
-    bool enough = true;
-    for (const int32_t size : c.sizes) enough = enough && (size == 0 || size >= 32);
+  const cpu::Settings settings = ReadSettings(1);
+  bool seen[2][3] = {};  // [index][size]
+  for (int i = 0; i < 600; ++i) {
+    Case c(random, random.Of({40, 300}), 5, 9);
     const bool index = !c.source.empty();
-    if (!enough && index) continue;
-    const cpu::Settings settings = ReadSettings(1);
+    if (c.type != Float::kF32 || c.groups() != 1 || c.total == 0) continue;
+    const bool ours = c.total >= 32 && (c.total <= 256 || index);
     blas_calls = 0;
     CheckMatmul(c, false, settings);
-    CHECK_EQ(blas_calls == 0, index && settings.isa == cpu::Isa::kAvx512);
-    collected[index] = true;
+    CHECK_EQ(blas_calls == 0, ours && settings.isa >= cpu::Isa::kAvx512);
+    seen[index][c.total < 32 ? 0 : c.total <= 256 ? 1 : 2] = true;
   }
-  CHECK(collected[0] && collected[1]);
+  for (const auto& sizes : seen) CHECK(sizes[0] && sizes[1] && sizes[2]);
 }
 
 // Helpers of a pool that come late, or never, hold nobody up and touch nothing.
@@ -330,8 +413,11 @@ int main(int argc, char** argv) {
   return RunTests(argc, argv,
                   {{"SmallCases", SmallCases},
                    {"SeveralTiles", SeveralTiles},
+                   {"SeveralParts", SeveralParts},
+                   {"NothingIsLeft", NothingIsLeft},
+                   {"LargeGradients", LargeGradients},
                    {"RowsThatCompete", RowsThatCompete},
-                   {"IndicesNeedNoBlas", IndicesNeedNoBlas},
+                   {"WhoNeedsTheBlas", WhoNeedsTheBlas},
                    {"PoolsMayBeSlow", PoolsMayBeSlow},
                    {"RefusesWhatDoesNotFit", RefusesWhatDoesNotFit}});
 }

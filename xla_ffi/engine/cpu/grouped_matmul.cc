@@ -15,10 +15,15 @@ namespace jax_fusco::cpu {
 namespace {
 
 // A tile of a result, and how much of the sum over it is made at a time: one block of each operand
-// in float32, and of the result, stay in the second cache.
+// in float32, and of the result, stay in the second cache. Products of ours have their own.
 constexpr int64_t kTileRows = 256;
 constexpr int64_t kTileColumns = 512;
-constexpr int64_t kTileDepth = 384;  // an even number
+constexpr int64_t kTileDepth = 384;
+// The BLAS makes a kernel's gradient in place: it is faster with more to cut itself, and fresh
+// pages are better written whole. So large are its tiles, if there are so many of them.
+constexpr int64_t kLargeTileRows = 512;
+constexpr int64_t kLargeTileColumns = 1536;
+constexpr int64_t kLargeTiles = 32;
 // Floats for products that wait to be summed, that a thread keeps for its next call.
 constexpr int64_t kKeptProducts = 4 << 20;
 // Products of fewer operations than this end before a helper wakes up.
@@ -116,14 +121,14 @@ struct Operand {
   }
 
   // Pointers to rows [r, r + height) from column c on, as operands of `products`, and to rows of
-  // zeros up to a whole number of words. They are copies, `width` elements long, where they must be
-  // converted or weighted, or would stand in each other's way as `neighbours`.
+  // zeros up to a whole number of blocks. They are copies, `width` elements long, where they must
+  // be converted or weighted, or would stand in each other's way as `neighbours`.
   void Point(const Products& products, int64_t r, int64_t height, int64_t c, int64_t width,
              bool neighbours, TileScratch* scratch) const {
-    static const float kZeros[std::max({kTileDepth, kTileRows, kTileColumns})] = {};
+    static const float kZeros[std::max({kMostDepth, kMostTileRows, kTileColumns})] = {};
     constexpr float kOne = 1;
-    const bool copied =
-        type != products.type || weights != nullptr || (neighbours && rows.bytes % kBadStride == 0);
+    const bool copied = type != products.type || weights != nullptr ||
+                        (neighbours && products.rows_compete && rows.bytes % kBadStride == 0);
     const int64_t bytes = width * SizeOf(products.type);
     char* copy =
         copied ? reinterpret_cast<char*>(scratch->copies.Get((height * bytes + 3) / 4)) : nullptr;
@@ -141,18 +146,19 @@ struct Operand {
       }
       scratch->rows.push_back(row);
     }
-    while (static_cast<int64_t>(scratch->rows.size()) % products.per_word != 0) {
+    while (static_cast<int64_t>(scratch->rows.size()) % (products.per_word * products.block) != 0) {
       scratch->rows.push_back(kZeros);
     }
   }
 };
 
-// Whether `products` rather than the BLAS is for so many rows. In float32 that is as fast, unless
-// rows need to be collected for it first.
+// Whether `products` rather than the BLAS is for a group of so many rows. In float32 the BLAS is as
+// fast, unless rows need to be collected for it first, or are so few that its own copy of the
+// kernel takes long beside the products.
 bool Suits(const Products* products, int64_t rows, const Operand& operand) {
-  constexpr int64_t kEnough = 32;
+  constexpr int64_t kEnough = 32, kFew = 256;
   if (products == nullptr || products->type == Float::kBf16) return products != nullptr;
-  return rows >= kEnough && !operand.direct();
+  return rows >= kEnough && (rows <= kFew || !operand.direct());
 }
 
 // c [m, n] += op(a) op(b), or = where it is the first part of the sum.
@@ -166,10 +172,10 @@ void Multiply(bool transpose_a, const Block& a, bool transpose_b, const Block& b
       static_cast<int>(stride));
 }
 
-// Equal parts of [0, size), none longer than `most`, all but the last a multiple of 16.
+// Equal parts of [0, size), none longer than `most`, all but the last whole panels.
 std::vector<int64_t> Cut(int64_t size, int64_t most) {
   const int64_t parts = std::max<int64_t>(1, (size + most - 1) / most);
-  const int64_t step = std::max<int64_t>(16, ((size + parts - 1) / parts + 15) / 16 * 16);
+  const int64_t step = RoundUp(std::max<int64_t>(1, (size + parts - 1) / parts), kPanelColumns);
   std::vector<int64_t> cuts;
   for (int64_t at = 0; at < size; at += step) cuts.push_back(at);
   cuts.push_back(size);
@@ -183,9 +189,10 @@ struct Tile {
   int64_t begin, end;
 };
 
-void CutTiles(int64_t group, int64_t from, int64_t height, int64_t width,
-              std::vector<Tile>* tiles) {
-  const std::vector<int64_t> columns = Cut(width, kTileColumns), rows = Cut(height, kTileRows);
+// Tiles of so many rows and columns at most.
+void CutTiles(int64_t group, int64_t from, int64_t height, int64_t width, int64_t most_rows,
+              int64_t most_columns, std::vector<Tile>* tiles) {
+  const std::vector<int64_t> columns = Cut(width, most_columns), rows = Cut(height, most_rows);
   for (size_t j = 0; j + 1 < columns.size(); ++j) {
     for (size_t i = 0; i + 1 < rows.size(); ++i) {
       tiles->push_back({group, from + rows[i], from + rows[i + 1], columns[j], columns[j + 1]});
@@ -289,12 +296,15 @@ class Product {
                       settings_);
   }
 
+  int64_t tile_rows() const { return products_ == nullptr ? kTileRows : products_->tile_rows; }
+
   // Cuts the results' columns [begin, end) of all groups.
   std::vector<Tile> Tiles(int64_t begin, int64_t end) const {
     std::vector<Tile> tiles;
     for (int64_t e = 0; e < call_.num_groups; ++e) {
       const int64_t size = begin_[static_cast<size_t>(e) + 1] - begin_[static_cast<size_t>(e)];
-      CutTiles(e, begin_[static_cast<size_t>(e)], size, end - begin, &tiles);
+      CutTiles(e, begin_[static_cast<size_t>(e)], size, end - begin, tile_rows(), kTileColumns,
+               &tiles);
     }
     for (Tile& tile : tiles) tile.begin += begin, tile.end += begin;
     return tiles;
@@ -309,17 +319,19 @@ class Product {
     }
     TileScratch& scratch = ThreadScratch();
     const int64_t row = tile.group * call_.kernel_rows;
-    if (Suits(products_, height, rows_)) {
-      for (int64_t k = 0; k < depth_; k += kTileDepth) {
-        const int64_t part = std::min(kTileDepth, depth_ - k), words = part / products_->per_word;
+    if (Suits(products_, call_.group_sizes[tile.group], rows_)) {
+      for (int64_t k = 0; k < depth_; k += products_->depth) {
+        const int64_t part = std::min(products_->depth, depth_ - k);
+        const int64_t words = part / products_->per_word;
         auto* const packed =
-            reinterpret_cast<uint32_t*>(scratch.b.Get(PackedWords(words, columns)));
+            reinterpret_cast<uint32_t*>(scratch.b.Get(products_->PackedWords(words, columns)));
         if (call_.transposed) {
           kernel_.Point(*products_, row + tile.begin, columns, k, part, false, &scratch);
           products_->pack_columns(scratch.rows.data(), words, columns, packed);
         } else {
           kernel_.Point(*products_, row + k, part, tile.begin, columns, false, &scratch);
-          products_->pack_rows(scratch.rows.data(), part, columns, packed);
+          products_->pack_rows(scratch.rows.data(), static_cast<int64_t>(scratch.rows.size()),
+                               columns, packed);
         }
         rows_.Point(*products_, tile.first, height, k, part, true, &scratch);
         products_->multiply(scratch.Words(), 1, packed, height, columns, words, k == 0, c, stride);
@@ -352,7 +364,7 @@ class Product {
             return;
           }
           const int64_t columns = tile.end - tile.begin;
-          float* const c = ThreadScratch().c.Get(kTileRows * kTileColumns);
+          float* const c = ThreadScratch().c.Get(kMostTileRows * kTileColumns);
           Compute(tile, c, columns);
           for (int64_t a = tile.first; a < tile.last; ++a) {
             Store(a, c + (a - tile.first) * columns, tile.begin, columns, OutAt(a, tile.begin));
@@ -382,7 +394,7 @@ class Product {
             const Tile& tile = tiles[static_cast<size_t>(i)];
             Compute(tile, y + tile.first * columns, columns);
             if (call_.dots == nullptr) return;
-            float* const unused = ThreadScratch().c.Get(kTileRows * kTileColumns);
+            float* const unused = ThreadScratch().c.Get(kMostTileRows * kTileColumns);
             for (int64_t a = tile.first; a < tile.last; ++a) {
               Store(a, y + a * columns, begin, columns, unused);
             }
@@ -516,16 +528,24 @@ Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
   const Operand rows{kernels, call.type, call.rows, call.source, call.merge};
   const Operand g{kernels, call.type, call.g, call.merge, call.source, call.weights};
   AdviseHugePages(call.out.data, call.out.count * call.out.bytes);
+  const Products* const products = Products::For(call.type, settings.isa);
+  const bool direct = rows.direct() && g.direct();
+  const bool large = direct && call.num_groups * call.kernel_rows * call.kernel_columns >=
+                                   kLargeTiles * kLargeTileRows * kLargeTileColumns;
   std::vector<Tile> tiles;
   for (int64_t e = 0; e < call.num_groups; ++e) {
-    CutTiles(e, 0, call.kernel_rows, call.kernel_columns, &tiles);
+    const bool suited = Suits(products, call.group_sizes[e], rows);
+    CutTiles(e, 0, call.kernel_rows, call.kernel_columns,
+             suited  ? products->tile_rows
+             : large ? kLargeTileRows
+                     : kTileRows,
+             !suited && large ? kLargeTileColumns : kTileColumns, &tiles);
   }
   // The longest sums first, so that all threads end together.
   std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) {
     return call.group_sizes[a.group] > call.group_sizes[b.group];
   });
   const bool in_place = call.type == Float::kF32;
-  const Products* const products = Products::For(call.type, settings.isa);
   const auto round =
       kernels.sum_rows[static_cast<size_t>(Float::kF32)][static_cast<size_t>(call.type)];
   const double flops = 2.0 * static_cast<double>(total) * static_cast<double>(call.kernel_rows) *
@@ -547,16 +567,18 @@ Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
     }
     TileScratch& scratch = ThreadScratch();
     float* const c = in_place ? reinterpret_cast<float*>(out(tile.first))
-                              : scratch.c.Get(kTileRows * kTileColumns);
+                              : scratch.c.Get(kMostTileRows * kTileColumns);
     const int64_t stride = in_place ? call.kernel_columns : columns;
-    const int64_t step = rows.direct() && g.direct() ? size : kTileDepth;
+    const int64_t step = direct ? size : kTileDepth;
     const bool suited = Suits(products, size, rows);
-    for (int64_t k = 0; suited && k < size; k += kTileDepth) {
-      const int64_t part = std::min(kTileDepth, size - k);
-      const int64_t words = (part + products->per_word - 1) / products->per_word;
-      const int64_t rows_read = words * products->per_word;
-      auto* const a = reinterpret_cast<uint32_t*>(scratch.a.Get(PackedWords(words, height)));
-      auto* const b = reinterpret_cast<uint32_t*>(scratch.b.Get(PackedWords(words, columns)));
+    for (int64_t k = 0; suited && k < size; k += products->depth) {
+      const int64_t part = std::min(products->depth, size - k);
+      const int64_t rows_read = RoundUp(part, products->per_word * products->block);
+      const int64_t words = rows_read / products->per_word;
+      auto* const a =
+          reinterpret_cast<uint32_t*>(scratch.a.Get(products->PackedWords(words, height)));
+      auto* const b =
+          reinterpret_cast<uint32_t*>(scratch.b.Get(products->PackedWords(words, columns)));
       rows.Point(*products, from + k, part, tile.first, height, false, &scratch);
       products->pack_rows(scratch.rows.data(), rows_read, height, a);
       g.Point(*products, from + k, part, tile.begin, columns, false, &scratch);

@@ -12,6 +12,9 @@
 namespace jax_fusco::cpu {
 namespace {
 
+// Rows of a result that are summed in registers.
+constexpr int kStripRows = 14;
+
 inline __mmask16 Low16(int64_t n) {
   return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
 }
@@ -42,10 +45,12 @@ inline void Transpose(__m512i* words) {
   }
 }
 
+template <int64_t kBlock>
 void PackColumns(const void* const* rows, int64_t words, int64_t n, uint32_t* packed) {
+  const int64_t height = RoundUp(words, kBlock);
   // Columns past the last become zeros, to the end of its panel.
-  for (int64_t j = 0; j < (n + kPanelColumns - 1) / kPanelColumns * kPanelColumns; j += 16) {
-    uint32_t* const to = packed + j / kPanelColumns * kPanelColumns * words + j % kPanelColumns;
+  for (int64_t j = 0; j < RoundUp(n, kPanelColumns); j += 16) {
+    uint32_t* const to = packed + j / kPanelColumns * kPanelColumns * height + j % kPanelColumns;
     for (int64_t p = 0; p < words; p += 16) {
       const __mmask16 mask = Low16(words - p);
       __m512i block[16];
@@ -55,10 +60,20 @@ void PackColumns(const void* const* rows, int64_t words, int64_t n, uint32_t* pa
                              : _mm512_setzero_si512();
       }
       Transpose(block);
-      for (int64_t i = 0; i < 16 && i < words - p; ++i) {
+      for (int64_t i = 0; i < 16 && i < height - p; ++i) {
         _mm512_storeu_si512(to + (p + i) * kPanelColumns, block[i]);
       }
     }
+  }
+}
+
+// Fetches the part [j, j + kPanelColumns) of n of the next strip's rows: its sums would wait for
+// what nobody has read yet.
+inline void Fetch(const uint32_t* const* rows, int64_t height, int64_t words, int64_t j,
+                  int64_t n) {
+  const int64_t end = j + kPanelColumns < n ? j + kPanelColumns : n;
+  for (int64_t r = height * j / n; r < height * end / n; ++r) {
+    for (int64_t k = 0; k < words; k += 16) __builtin_prefetch(rows[r] + k);
   }
 }
 
@@ -113,15 +128,12 @@ void MultiplyWords(const uint32_t* const* a, int64_t step, const uint32_t* b, in
                    int64_t words, bool first, float* c, int64_t stride) {
   // Equal heights: 14 and 2 rows take longer than 8 and 8.
   const int64_t strips = (m + kStripRows - 1) / kStripRows;
-  for (int64_t j = 0; j < n; j += kPanelColumns) {
-    for (int64_t s = 0; s < strips; ++s) {
-      const int64_t i = m * s / strips, next = m * (s + 1) / strips;
-      // The first panel's sums would wait for rows that nobody has read yet.
-      for (int64_t r = next; j == 0 && step == 1 && r < m * (s + 2) / strips && r < m; ++r) {
-        for (int64_t k = 0; k < words; k += 16) __builtin_prefetch(a[r] + k);
-      }
-      StripOf<Word>(next - i, std::make_integer_sequence<int, kStripRows>())(
-          a + i, step, b + j * words, words, n - j, first, c + i * stride + j, stride);
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t i = m * s / strips, next = m * (s + 1) / strips, after = m * (s + 2) / strips;
+    const auto strip = StripOf<Word>(next - i, std::make_integer_sequence<int, kStripRows>());
+    for (int64_t j = 0; j < n; j += kPanelColumns) {
+      if (step == 1 && s + 1 < strips) Fetch(a + next, after - next, words, j, n);
+      strip(a + i, step, b + j * words, words, n - j, first, c + i * stride + j, stride);
     }
   }
 }

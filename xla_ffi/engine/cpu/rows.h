@@ -11,9 +11,12 @@
 
 namespace jax_fusco::cpu {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };  // in ascending order of preference
+// In ascending order of preference; each has all of those before it.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };
 
 const char* IsaName(Isa isa);
+// Whether this machine has it. For kAmx, Linux is asked for permission, which has effects.
+bool HasIsa(Isa isa);
 Isa BestIsa();
 
 struct RowKernels {

@@ -145,8 +145,8 @@ const RowKernels& Avx512RowKernels() {
 }
 
 const Products& Avx512Products() {
-  static constexpr Products kProducts = {Float::kF32, 1, PackRows, PackColumns,
-                                         MultiplyWords<Single>};
+  static constexpr Products kProducts = {
+      Float::kF32, 1, 1, 256, 256, true, PackRows, PackColumns<1>, MultiplyWords<Single>};
   return kProducts;
 }
 

@@ -10,17 +10,20 @@ namespace {
 
 Status ReadIsa(Isa* isa) {
   const char* value = EnvironmentValue("JAX_FUSCO_ISA");
-  if (value == nullptr) return Status::Ok();
-  for (Isa candidate : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+  if (value == nullptr) {
+    *isa = BestIsa();
+    return Status::Ok();
+  }
+  for (Isa candidate : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
     if (std::strcmp(value, IsaName(candidate)) != 0) continue;
-    if (candidate > BestIsa()) {
+    if (!HasIsa(candidate)) {
       return BadEnvironmentValue("JAX_FUSCO_ISA", Concat("one that this machine has: its best is '",
                                                          IsaName(BestIsa()), "'"));
     }
     *isa = candidate;
     return Status::Ok();
   }
-  return BadEnvironmentValue("JAX_FUSCO_ISA", "'generic', 'avx2' or 'avx512'");
+  return BadEnvironmentValue("JAX_FUSCO_ISA", "'generic', 'avx2', 'avx512' or 'amx'");
 }
 
 }  // namespace
@@ -34,7 +37,6 @@ Status Settings::Read(Settings* settings) {
   settings->threads = static_cast<int>(threads);
   status = CallSettings::Read(settings);
   if (!status.ok()) return status;
-  settings->isa = BestIsa();
   return ReadIsa(&settings->isa);
 }
 
