@@ -17,6 +17,7 @@ from helpers import ROWS, P, make_mesh, run_python, sharded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.test_util import check_grads
 
 import jax_fusco as jf
 
@@ -148,6 +149,19 @@ class Case:
 )  # fmt: skip
 def test_result_and_gradients(implementation, dtype, options):
     Case(0, dtype, [3, 0, 7, 1], 4, 17, 33, **options).check(implementation)
+
+
+@pytest.mark.parametrize("implementation", ["blas", None])
+@pytest.mark.parametrize("flags", [(0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 1, 0), (1, 1, 1)])
+def test_gradients_of_gradients_by_finite_differences(implementation, flags):
+    source, merge, weights = flags
+    case = Case(0, "float32", [3, 0, 4], 2, 3, 2, source=source, merge=merge, weights=weights)
+    arguments = [0.3 * jnp.nan_to_num(x) for x in case.arguments() if x is not None]
+
+    def run(rows, kernel, weights=None):
+        return jnp.sin(case.function(implementation)(rows, kernel, weights))
+
+    check_grads(jax.jit(run), arguments, order=3, modes=["rev"], atol=0.03, rtol=0.03, eps=1e-2)
 
 
 @given(
