@@ -302,20 +302,20 @@ void NothingIsLeft() {
   }
 }
 
-// Kernels of so many elements that their gradient is made of large tiles.
-void LargeGradients() {
+// Tiles that the BLAS cuts itself.
+void LargeTiles() {
   cpu::SetSgemm(PlainSgemm);
   Random random(7);
   Case c(random, 1, 1, 1);
   c.type = Float::kF32;
   c.p = 600, c.q = 1600;
-  c.sizes.assign(27, 1);
-  c.sizes[3] = 0;
-  c.total = c.count = c.num_read = c.num_out = 26;
+  c.sizes = {3, 0, 520};
+  c.total = c.count = c.num_read = c.num_out = 523;
   c.source.clear(), c.merge.clear(), c.weights.clear();
   c.rows = Integers(c.count * c.p, c.type, random);
   c.kernel = Integers(c.groups() * c.p * c.q, c.type, random);
   c.g = Integers(c.count * c.q, c.type, random);
+  CheckMatmul(c, false, ReadSettings(2));
   CheckOuter(c, ReadSettings(2));
 }
 
@@ -415,7 +415,7 @@ int main(int argc, char** argv) {
                    {"SeveralTiles", SeveralTiles},
                    {"SeveralParts", SeveralParts},
                    {"NothingIsLeft", NothingIsLeft},
-                   {"LargeGradients", LargeGradients},
+                   {"LargeTiles", LargeTiles},
                    {"RowsThatCompete", RowsThatCompete},
                    {"WhoNeedsTheBlas", WhoNeedsTheBlas},
                    {"PoolsMayBeSlow", PoolsMayBeSlow},

@@ -19,11 +19,11 @@ namespace {
 constexpr int64_t kTileRows = 256;
 constexpr int64_t kTileColumns = 512;
 constexpr int64_t kTileDepth = 384;
-// The BLAS makes a kernel's gradient in place: it is faster with more to cut itself, and fresh
-// pages are better written whole. So large are its tiles, if there are so many of them.
+// What the BLAS reads and writes in place is better cut by the BLAS itself: such tiles are large.
+// Those of a kernel's gradient, whose pages are fresh, are better still with whole rows.
 constexpr int64_t kLargeTileRows = 512;
-constexpr int64_t kLargeTileColumns = 1536;
-constexpr int64_t kLargeTiles = 32;
+constexpr int64_t kLargeTileColumns = 1024;
+constexpr int64_t kGradientTileColumns = 1536;
 // Floats for products that wait to be summed, that a thread keeps for its next call.
 constexpr int64_t kKeptProducts = 4 << 20;
 // Products of fewer operations than this end before a helper wakes up.
@@ -298,12 +298,16 @@ class Product {
 
   int64_t tile_rows() const { return products_ == nullptr ? kTileRows : products_->tile_rows; }
 
-  // Cuts the results' columns [begin, end) of all groups.
-  std::vector<Tile> Tiles(int64_t begin, int64_t end) const {
+  // Cuts the results' columns [begin, end) of all groups, each as its own size says: a group has
+  // the same bits whatever the others are.
+  std::vector<Tile> Tiles(int64_t begin, int64_t end, bool in_place) const {
     std::vector<Tile> tiles;
     for (int64_t e = 0; e < call_.num_groups; ++e) {
-      const int64_t size = begin_[static_cast<size_t>(e) + 1] - begin_[static_cast<size_t>(e)];
-      CutTiles(e, begin_[static_cast<size_t>(e)], size, end - begin, tile_rows(), kTileColumns,
+      const int64_t size = call_.group_sizes[e];
+      const bool large =
+          in_place && rows_.direct() && kernel_.direct() && !Suits(products_, size, rows_);
+      CutTiles(e, begin_[static_cast<size_t>(e)], size, end - begin,
+               large ? kLargeTileRows : tile_rows(), large ? kLargeTileColumns : kTileColumns,
                &tiles);
     }
     for (Tile& tile : tiles) tile.begin += begin, tile.end += begin;
@@ -351,10 +355,10 @@ class Product {
 
   // Every product to its own row.
   void WriteAll() {
-    const std::vector<Tile> tiles = Tiles(0, width_);
-    PrepareDots();
     const bool in_place =
         call_.type == Float::kF32 && call_.weights == nullptr && call_.dots == nullptr;
+    const std::vector<Tile> tiles = Tiles(0, width_, in_place);
+    PrepareDots();
     Workers::ParallelFor(
         threads(), static_cast<int64_t>(tiles.size()),
         [&](int64_t i) {
@@ -387,7 +391,7 @@ class Product {
     const std::vector<int64_t> parts = Cut(call_.out.count, kTileRows);
     for (size_t p = 0; p + 1 < panels.size(); ++p) {
       const int64_t begin = panels[p], columns = panels[p + 1] - begin;
-      const std::vector<Tile> tiles = Tiles(begin, begin + columns);
+      const std::vector<Tile> tiles = Tiles(begin, begin + columns, false);
       Workers::ParallelFor(
           threads(), static_cast<int64_t>(tiles.size()),
           [&](int64_t i) {
@@ -530,16 +534,15 @@ Status GroupedOuter(const GroupedOuterCall& call, const Settings& settings,
   AdviseHugePages(call.out.data, call.out.count * call.out.bytes);
   const Products* const products = Products::For(call.type, settings.isa);
   const bool direct = rows.direct() && g.direct();
-  const bool large = direct && call.num_groups * call.kernel_rows * call.kernel_columns >=
-                                   kLargeTiles * kLargeTileRows * kLargeTileColumns;
   std::vector<Tile> tiles;
   for (int64_t e = 0; e < call.num_groups; ++e) {
     const bool suited = Suits(products, call.group_sizes[e], rows);
+    const bool large = direct && !suited;
     CutTiles(e, 0, call.kernel_rows, call.kernel_columns,
              suited  ? products->tile_rows
              : large ? kLargeTileRows
                      : kTileRows,
-             !suited && large ? kLargeTileColumns : kTileColumns, &tiles);
+             large ? kGradientTileColumns : kTileColumns, &tiles);
   }
   // The longest sums first, so that all threads end together.
   std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) {
