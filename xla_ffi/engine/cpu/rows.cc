@@ -20,16 +20,20 @@ const char* IsaName(Isa isa) {
 #if defined(__x86_64__)
 namespace {
 
-// Whether Linux lets the process use tiles of bfloat16. From then on it refuses signal stacks that
-// are too small for them, and it refuses this if a thread has such a stack already.
+bool HasTilesOfBf16() {
+  constexpr unsigned kTilesOfBf16 = 1u << 22, kTiles = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, features = 0;
+  return HasBf16Products() && __get_cpuid_count(7, 0, &a, &b, &c, &features) != 0 &&
+         (features & kTilesOfBf16) != 0 && (features & kTiles) != 0;
+}
+
+// Whether Linux lets the process use tiles. From then on it refuses signal stacks that are too
+// small for them, and it refuses this if a thread has such a stack already.
 bool MayUseTiles() {
 #if defined(SYS_arch_prctl)
-  constexpr unsigned kTilesOfBf16 = 1u << 22, kTiles = 1u << 24;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  unsigned a = 0, b = 0, c = 0, features = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &features) == 0) return false;
-  if ((features & kTilesOfBf16) == 0 || (features & kTiles) == 0) return false;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  static const bool may = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return may;
 #else
   return false;
 #endif
@@ -53,7 +57,7 @@ bool HasIsa(Isa isa) {
 #if defined(__x86_64__)
   static const Isa best = BestWithoutTiles();
   if (isa != Isa::kAmx) return isa <= best;
-  static const bool tiles = HasBf16Products() && MayUseTiles();
+  static const bool tiles = HasTilesOfBf16();
   return tiles;
 #else
   return isa == Isa::kGeneric;
@@ -87,7 +91,7 @@ bool HasBf16Products() {
 const Products* Products::For(Float type, Isa isa) {
 #if defined(__x86_64__)
   if (isa < Isa::kAvx512) return nullptr;
-  if (type == Float::kBf16 && isa == Isa::kAmx) return &AmxProducts();
+  if (type == Float::kBf16 && isa == Isa::kAmx && MayUseTiles()) return &AmxProducts();
   return type == Float::kBf16 && HasBf16Products() ? &Avx512Bf16Products() : &Avx512Products();
 #else
   (void)type;

@@ -15,7 +15,7 @@ namespace jax_fusco::cpu {
 enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };
 
 const char* IsaName(Isa isa);
-// Whether this machine has it. For kAmx, Linux is asked for permission, which has effects.
+// Whether this processor has it.
 bool HasIsa(Isa isa);
 Isa BestIsa();
 
