@@ -12,6 +12,7 @@
 
 #include "tests/native/check.h"
 #include "tests/native/floats.h"
+#include "tests/native/isas.h"
 #include "xla_ffi/engine/cpu/grouped_matmul.h"
 
 namespace jax_fusco::testing {
@@ -219,15 +220,6 @@ cpu::Settings ReadSettings(int threads) {
   CHECK(cpu::Settings::Read(&settings).ok());
   settings.threads = threads;
   return settings;
-}
-
-// Every instruction set that this machine has.
-std::vector<cpu::Isa> Isas() {
-  std::vector<cpu::Isa> isas;
-  for (cpu::Isa isa : {cpu::Isa::kGeneric, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAmx}) {
-    if (isa <= cpu::BestIsa()) isas.push_back(isa);
-  }
-  return isas;
 }
 
 void SmallCases() {

@@ -8,6 +8,7 @@
 
 #include "tests/native/check.h"
 #include "tests/native/floats.h"
+#include "tests/native/isas.h"
 #include "xla_ffi/core/status.h"
 #include "xla_ffi/engine/cpu/rows.h"
 
@@ -18,14 +19,6 @@ using cpu::Isa;
 using cpu::RowKernels;
 
 constexpr int64_t kLengths[] = {0, 1, 7, 15, 16, 17, 63, 64, 65, 1000, 2880};
-
-std::vector<Isa> Isas() {
-  std::vector<Isa> isas;
-  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa <= cpu::BestIsa()) isas.push_back(isa);
-  }
-  return isas;
-}
 
 RowKernels::SumRows SumRowsOf(Isa isa, Float y, Float out) {
   return RowKernels::For(isa).sum_rows[static_cast<int>(y)][static_cast<int>(out)];

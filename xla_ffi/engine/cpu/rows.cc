@@ -65,10 +65,11 @@ bool HasIsa(Isa isa) {
 }
 
 Isa BestIsa() {
-  for (const Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2}) {
-    if (HasIsa(isa)) return isa;
+  Isa best = Isa::kGeneric;
+  for (const Isa isa : kIsas) {
+    if (HasIsa(isa)) best = isa;
   }
-  return Isa::kGeneric;
+  return best;
 }
 
 const RowKernels& RowKernels::For(Isa isa) {

@@ -13,6 +13,7 @@ namespace jax_fusco::cpu {
 
 // In ascending order of preference; each has all of those before it.
 enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };
+inline constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
 const char* IsaName(Isa isa);
 // Whether this processor has it.

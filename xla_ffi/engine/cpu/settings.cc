@@ -14,7 +14,7 @@ Status ReadIsa(Isa* isa) {
     *isa = BestIsa();
     return Status::Ok();
   }
-  for (Isa candidate : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+  for (const Isa candidate : kIsas) {
     if (std::strcmp(value, IsaName(candidate)) != 0) continue;
     if (!HasIsa(candidate)) {
       return BadEnvironmentValue("JAX_FUSCO_ISA", Concat("one that this machine has: its best is '",
