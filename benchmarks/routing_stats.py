@@ -42,7 +42,7 @@ def main(rounds: int = 30) -> None:
             stats.update((placed + i).swapaxes(0, 1) % model.experts)
             for i, stats in enumerate(every)
         )
-        return counted, *trainer._step(state, batch, key, notices)
+        return counted, *trainer.compiled_step(state, batch, key, notices)
 
     state = trainer.initial_state()
     every = tuple(jf.RoutingStats.zeros(model.experts, model.layers) for _ in range(UPDATES))

@@ -17,8 +17,7 @@ from jax_fusco.mesh import Axis, AxisName, expert_axis
 from jax_fusco.placement import Placement
 from jax_fusco.plan import PLAN_NAME, Plan, dropless_capacity, experts_per_rank, whole
 from jax_fusco.token_plan import TokenPlan, make_token_plan, owners
-from jax_fusco.topology import Topology
-from jax_fusco.two_level_plan import Levels
+from jax_fusco.topology import Levels, Topology
 
 _ROWS_NAME = "jax_fusco_rows"
 REMAT_SAVE_NAMES: tuple[str, ...] = (PLAN_NAME, _ROWS_NAME)
@@ -117,6 +116,8 @@ def make_plan(
     local = axis if topology is None else _local_axis(topology, axis)
     num_experts = whole("num_experts", num_experts, 1)
     alignment = whole("alignment", alignment, 1)
+    if alignment >= 2**31:
+        raise ValueError(f"alignment: got {alignment}, need fewer than 2**31 rows")
     experts_per_rank(num_experts, axis.size)
     if placement is not None:
         replicas.check(placement, num_experts, axis.size)

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 
 from jax_fusco import ffi
 from jax_fusco.mesh import Axis
+from jax_fusco.topology import Levels
 
 Array = jax.Array
 
 
 def plan(
-    expert_ids: Array, *, local: Axis, node: Axis, num_experts: int, capacity: int, alignment: int
+    expert_ids: Array, *, levels: Levels, num_experts: int, capacity: int, alignment: int
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The integers in the order of the fields of `Plan`, and those of `Crossing`."""
     tokens, k = expert_ids.shape
+    local, node = levels.local, levels.node
     nodes, ranks = node.size, local.size
     experts, here = num_experts // (nodes * ranks), node.rank()
 

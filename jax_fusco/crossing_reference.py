@@ -14,33 +14,24 @@ from jax_fusco import rails, reference
 from jax_fusco.mesh import Axis
 from jax_fusco.movers import make_integers, run
 from jax_fusco.plan import bits
+from jax_fusco.topology import Levels
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Levels:
-    """The ranks of this node, and this rail's ranks on all nodes."""
-
-    local: Axis
-    node: Axis
 
 
 def plan(
     implementation: str,
     expert_ids: Array,
     *,
-    local: Axis,
-    node: Axis,
+    levels: Levels,
     num_experts: int,
     capacity: int,
     alignment: int,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The integers in the order of the fields of `Plan`, and those of `Crossing`."""
-    levels = _Levels(local, node)
     with jax.named_scope("slots"):
         cells = _cells(implementation, expert_ids, levels, num_experts, capacity, alignment)
-        owner_node = jnp.where(cells.slot >= 0, cells.slot_rank // local.size, -1)
+        owner_node = jnp.where(cells.slot >= 0, cells.slot_rank // levels.local.size, -1)
     with jax.named_scope("rails"):
         packed = _rails(implementation, owner_node, levels)
     with jax.named_scope("forwarders"):
@@ -74,7 +65,7 @@ def plan(
     return integers, crossing
 
 
-def _of_each_rank(implementation: str, table: Array, levels: _Levels) -> Array:
+def _of_each_rank(implementation: str, table: Array, levels: Levels) -> Array:
     """`[L, ...]`: what each rank of the node has for this one in its `table [L, ...]`.
 
     An `all_to_all` that the engine does, not the library that connects the nodes.
@@ -108,7 +99,7 @@ class _Cells:
 def _cells(
     implementation: str,
     ids: Array,
-    levels: _Levels,
+    levels: Levels,
     num_experts: int,
     capacity: int,
     alignment: int,
@@ -156,7 +147,7 @@ class _Rails:
     most_rows: Array
 
 
-def _rails(implementation: str, owner_node: Array, levels: _Levels) -> _Rails:
+def _rails(implementation: str, owner_node: Array, levels: Levels) -> _Rails:
     """Rows for other nodes, given to rails in turn."""
     nodes, ranks, tokens = levels.node.size, levels.local.size, owner_node.shape[0]
     node = jnp.arange(nodes, dtype=jnp.int32)
@@ -192,7 +183,7 @@ def _rails(implementation: str, owner_node: Array, levels: _Levels) -> _Rails:
 
 
 def _forwarders(
-    implementation: str, cells: _Cells, packed: _Rails, levels: _Levels, capacity: int
+    implementation: str, cells: _Cells, packed: _Rails, levels: Levels, capacity: int
 ) -> tuple[Array, ...]:
     """Tells forwarders the slots of the rows they get, and ranks where their rows lie.
 

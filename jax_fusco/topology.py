@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax import lax
 
-from jax_fusco.mesh import AxisName
+from jax_fusco.mesh import Axis, AxisName, expert_axis
 from jax_fusco.plan import whole
 
 # The cost model of slices, guessed: a rail's share of its link for one node, and what a slice costs
@@ -259,3 +260,23 @@ def _blocks(devices: np.ndarray, names: tuple[str, ...]) -> tuple[int, str]:
             f"along {axis} (by {attribute}), need equally many; or pass ranks_per_node"
         )
     return found.pop(), attribute
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The two axes of a shuffle: the ranks of this node, and this rail's ranks on all nodes."""
+
+    local: Axis
+    node: Axis
+
+    @classmethod
+    def of(cls, topology: Topology) -> Levels:
+        """Those of the enclosing `jax.shard_map`; ValueError where its axes do not fit."""
+        axis = expert_axis(topology.axis_name)
+        nodes, ranks = topology.shape({name: lax.axis_size(name) for name in axis.names})
+        if topology.node_axis is not None:
+            return cls(expert_axis(topology.local_axis), expert_axis(topology.node_axis))
+        rank = [[node * ranks + local for local in range(ranks)] for node in range(nodes)]
+        same_node = tuple(map(tuple, rank))
+        same_local = tuple(zip(*rank, strict=True))
+        return cls(Axis(axis.names, ranks, same_node), Axis(axis.names, nodes, same_local))

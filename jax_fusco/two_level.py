@@ -23,7 +23,7 @@ from jax_fusco.mesh import Axis, platform, vary, varying_axes
 from jax_fusco.movers import Call, run
 from jax_fusco.plan import Crossing
 from jax_fusco.reference import from_words, to_words
-from jax_fusco.two_level_plan import Levels
+from jax_fusco.topology import Levels
 
 Array = jax.Array
 Arrays = tuple[Array, ...]

@@ -12,7 +12,6 @@ instead). The rail of node n with the same local index receives it: the forwarde
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,31 +21,11 @@ from jax import lax
 
 from jax_fusco import crossing, crossing_reference
 from jax_fusco.ffi import may_run_on_gpu
-from jax_fusco.mesh import Axis, checked_axes, expert_axis, unshard, vary, varying_axes
+from jax_fusco.mesh import Axis, checked_axes, unshard, vary, varying_axes
 from jax_fusco.plan import Crossing, bits
-from jax_fusco.topology import Topology
+from jax_fusco.topology import Levels, Topology
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Levels:
-    """The two axes of a shuffle: the ranks of this node, and this rail's ranks on all nodes."""
-
-    local: Axis
-    node: Axis
-
-    @classmethod
-    def of(cls, topology: Topology) -> Levels:
-        """Those of the enclosing `jax.shard_map`; ValueError where its axes do not fit."""
-        axis = expert_axis(topology.axis_name)
-        nodes, ranks = topology.shape({name: lax.axis_size(name) for name in axis.names})
-        if topology.node_axis is not None:
-            return cls(expert_axis(topology.local_axis), expert_axis(topology.node_axis))
-        rank = [[node * ranks + local for local in range(ranks)] for node in range(nodes)]
-        same_node = tuple(map(tuple, rank))
-        same_local = tuple(zip(*rank, strict=True))
-        return cls(Axis(axis.names, ranks, same_node), Axis(axis.names, nodes, same_local))
 
 
 def plan(
@@ -75,8 +54,7 @@ def plan(
     found = _integers(
         implementation,
         ids,
-        local=levels.local,
-        node=levels.node,
+        levels=levels,
         num_experts=num_experts,
         capacity=capacity,
         alignment=alignment,

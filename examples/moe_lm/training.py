@@ -78,7 +78,8 @@ class Trainer:
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
         self._initial = jax.jit(lambda: nnx.state(self._create()), out_shardings=shardings)
-        self._step = jax.jit(
+        # (state, batch, key, notices) to (state, statistics); `train_step` makes the arguments.
+        self.compiled_step = jax.jit(
             self._train_step, donate_argnums=0, out_shardings=(shardings, self._everywhere())
         )
         self._validate = jax.jit(self._validation_step, out_shardings=self._everywhere())
@@ -110,7 +111,7 @@ class Trainer:
             self.mesh.size, lambda start, stop: np.full(stop - start, notice, np.int32)
         )
         with jax.set_mesh(self.mesh):
-            return self._step(state, batch, key, notices)
+            return self.compiled_step(state, batch, key, notices)
 
     def validation_loss(self, state: nnx.State, batches: list[np.ndarray]) -> float:
         """Mean loss over `batches`, nats per byte."""

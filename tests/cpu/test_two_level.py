@@ -18,7 +18,8 @@ from helpers import P, assert_same_bits, both, make_mesh, sharded
 from hypothesis import given
 
 import jax_fusco as jf
-from jax_fusco import crossing, crossing_reference, two_level, two_level_plan
+from jax_fusco import crossing, crossing_reference, two_level
+from jax_fusco.topology import Levels
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype("f2"), np.dtype("f4")
 TWO = jf.Topology("node", "expert")
@@ -526,10 +527,8 @@ def both_plans(case):
     experts = local * ranks_of(sizes, topology)
 
     def run(ids):
-        levels = two_level_plan.Levels.of(topology)
         options = {
-            "local": levels.local,
-            "node": levels.node,
+            "levels": Levels.of(topology),
             "num_experts": experts,
             "capacity": capacity or 40,
             "alignment": alignment,

@@ -111,6 +111,11 @@ def plan(expert_ids=IDS, **changes):
             "capacity: got 2147483648 rows, need fewer than 2**31; pass a smaller capacity",
         ),
         ({"alignment": 0}, ValueError, "alignment: got 0, need an integer of at least 1"),
+        (
+            {"alignment": 2**31},
+            ValueError,
+            "alignment: got 2147483648, need fewer than 2**31 rows",
+        ),
         ({"alignment": "8"}, TypeError, "alignment: got '8', need an integer of at least 1"),
         (
             {"topology": "node"},
