@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 
@@ -38,7 +39,7 @@ class Topology:
       wire_dtype: what partial sums cross as: None for the dtype of the rows (float32 where that is
         narrower than 16 bits), or "float32" (float64 for float64 rows).
       exchange: "dense" (`all_to_all` of slices of one size), or "ragged" (`ragged_all_to_all` of
-        the rows there are; see docs/hosts.md for what XLA makes of it).
+        the rows there are, for programs compiled with `compiler_options`; see docs/hosts.md).
       members: for each node the names of its devices, where `detect` saw them.
       seen_by: what `detect` went by.
 
@@ -89,6 +90,24 @@ class Topology:
         """The mesh axes whose row-major index is the rank."""
         names = self.local_axis if isinstance(self.local_axis, tuple) else (self.local_axis,)
         return names if self.node_axis is None else (self.node_axis, *names)
+
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        """What `jax.jit(step, compiler_options=)` needs for this exchange on GPUs; nothing for
+        "dense".
+
+        XLA:GPU would else gather all rows over nodes where they should be exchanged, refuse to send
+        them by NCCL, and run nothing beside the exchange.
+        """
+        if self.exchange == "dense":
+            return {}
+        options = {
+            "xla_gpu_unsupported_enable_ragged_all_to_all_multi_host_decomposer": False,
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+        }
+        if jax.__version_info__ >= (0, 11):  # older ones do not know it, and do not refuse
+            options["xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"] = True
+        return options
 
     def shape(self, axis_sizes: Mapping[str, int]) -> tuple[int, int]:
         """(N, L) where the mesh axes have these sizes (`mesh.shape`).

@@ -49,10 +49,6 @@ class _Slices:
         return cls(crossing, Levels.of(crossing.topology), rows)
 
     @property
-    def ragged(self) -> bool:
-        return self.crossing.topology.exchange == "ragged"
-
-    @property
     def block(self) -> int:
         """Rows of a block, in whole slices."""
         return -(-self.crossing.pack_token.shape[1] // self.rows) * self.rows
@@ -68,37 +64,28 @@ class _Slices:
         part = lax.dynamic_slice_in_dim(blocks, index * self.rows, self.rows, 1)
         return part.reshape((self.levels.node.size * self.rows, *part.shape[2:]))
 
-    def cross(self, part: Array, index: Array, home: bool) -> Array:
-        """Exchanges the blocks of slice `index` with their nodes; `home`: from forwarders."""
-        words = to_words(part)
-        if self.ragged:
-            crossed = self._cross_ragged(words, index, home)
+    def lengths(self, home: bool) -> tuple[Array, Array]:
+        """Rows of each block that go to its node and come from there, [N] each."""
+        elsewhere = jnp.arange(self.levels.node.size) != self.levels.node.rank()
+        sent = (self.crossing.pack_token >= 0).sum(1, dtype=jnp.int32) * elsewhere
+        received = (self.crossing.deliver_slot >= 0).any(2).sum(1, dtype=jnp.int32) * elsewhere
+        return (received, sent) if home else (sent, received)
+
+    def cross(self, part: Array, index: Array, lengths: tuple[Array, Array] | None) -> Array:
+        """Exchanges the blocks of slice `index` with their nodes; whole ones without `lengths`."""
+        words, node = to_words(part), self.levels.node
+        if lengths is None:
+            blocks = words.reshape((node.size, self.rows, *words.shape[1:]))
+            crossed = node.all_to_all(blocks).reshape(words.shape)
         else:
-            blocks = words.reshape((self.levels.node.size, self.rows, *words.shape[1:]))
-            crossed = self.levels.node.all_to_all(blocks).reshape(words.shape)
+            begin = jnp.arange(node.size, dtype=jnp.int32) * self.rows
+            sent, received = (jnp.clip(n - index * self.rows, 0, self.rows) for n in lengths)
+            there = jnp.full_like(begin, node.rank() * self.rows)
+            room = jnp.zeros_like(words)
+            crossed = reference.ragged_all_to_all(
+                words, room, begin, sent, there, received, axis=node
+            )
         return from_words(crossed, part.dtype)
-
-    def _cross_ragged(self, words: Array, index: Array, home: bool) -> Array:
-        node = jnp.arange(self.levels.node.size, dtype=jnp.int32)
-        here = self.levels.node.rank()
-
-        def rows(present: Array) -> Array:
-            """Rows of each block that there are in this slice; `present [N, T]`."""
-            left = present.sum(1, dtype=jnp.int32) - index * self.rows
-            return jnp.where(node == here, 0, jnp.clip(left, 0, self.rows))
-
-        sent = rows(self.crossing.pack_token >= 0)
-        received = rows((self.crossing.deliver_slot >= 0).any(2))
-        sizes = (received, sent) if home else (sent, received)
-        return reference.ragged_all_to_all(
-            words,
-            jnp.zeros_like(words),
-            node * self.rows,
-            sizes[0],
-            jnp.full_like(node, here * self.rows),
-            sizes[1],
-            axis=self.levels.node,
-        )
 
     def run(
         self,
@@ -108,15 +95,24 @@ class _Slices:
         *,
         home: bool = False,
     ) -> Arrays:
-        """`state` after `consume(i, cross(produce(i)), state)` for every slice i in turn.
+        """`state` after `consume(i, cross(produce(i)), state)` for every slice i in turn; `home`:
+        from forwarders.
 
         Where exchanges overlap, `produce` and `consume` are also called for one slice too many, at
         either end.
         """
         number = -(-self.crossing.most_rows // self.rows)
+        lengths = self.lengths(home) if self.crossing.topology.exchange == "ragged" else None
 
         def cross(parts: Arrays, i: Array) -> Arrays:
-            return tuple(self.cross(part, i, home) for part in parts)
+            # In turn, the largest last: XLA runs other work beside the last exchange alone.
+            crossed: dict[int, Array] = {}
+            for n in sorted(range(len(parts)), key=lambda n: parts[n].nbytes):
+                part = parts[n]
+                if crossed:
+                    part, _ = lax.optimization_barrier((part, tuple(crossed.values())))
+                crossed[n] = self.cross(part, i, lengths)
+            return tuple(crossed[n] for n in range(len(parts)))
 
         carried = functools.partial(vary, axes=varying_axes(self.crossing))  # as all operands do
 

@@ -205,3 +205,10 @@ def test_refusals(make, error, message):
     with pytest.raises(error) as caught:
         make()
     assert str(caught.value) == message
+
+
+def test_the_compiler_takes_the_options_of_an_exchange():
+    assert Topology().compiler_options == {}
+    options = Topology(exchange="ragged").compiler_options
+    assert options
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2

@@ -19,9 +19,16 @@ TOKENS, WIDTH = 4096, 2048
 def programs():
     """Compiled forward and backward, by name; forward also for two servers."""
     found = {}
-    for name, program, nodes in (("forward", forward, 8), ("train", train, 8), ("two", forward, 2)):
-        mesh, layer = make_node_mesh(nodes), Layer(8 * nodes, topology=jf.Topology())
-        found[name] = compiled(program(layer, mesh), layer.arguments(mesh))
+    for name, program, nodes, exchange in (
+        ("forward", forward, 8, "dense"),
+        ("train", train, 8, "dense"),
+        ("two", forward, 2, "dense"),
+        ("ragged", train, 8, "ragged"),
+    ):
+        topology = jf.Topology(exchange=exchange)
+        mesh, layer = make_node_mesh(nodes), Layer(8 * nodes, topology=topology)
+        options = topology.compiler_options
+        found[name] = compiled(program(layer, mesh), layer.arguments(mesh), **options)
     return found
 
 
@@ -36,12 +43,16 @@ def bodies_with_exchanges(text):
             yield lines
 
 
+TRAIN = [{"gather_rows": 2}, {"gather_rows": 2}, {"reduce_rows": 1}, {"reduce_rows": 1}]
+
+
 @pytest.mark.parametrize(
     ("name", "movers"),
     [
         ("forward", [{"gather_rows": 2}, {"reduce_rows": 1}]),
         ("two", [{"gather_rows": 2}, {"reduce_rows": 1}]),
-        ("train", [{"gather_rows": 2}, {"gather_rows": 2}, {"reduce_rows": 1}, {"reduce_rows": 1}]),
+        ("train", TRAIN),
+        ("ragged", TRAIN),
     ],
 )
 def test_a_slice_crosses_while_its_neighbours_are_packed_and_forwarded(programs, name, movers):
@@ -58,28 +69,34 @@ def test_a_slice_crosses_while_its_neighbours_are_packed_and_forwarded(programs,
     assert sorted(between, key=str) == sorted(movers, key=str)
 
 
-@pytest.mark.parametrize("name", ["forward", "train", "two"])
+@pytest.mark.parametrize("name", ["forward", "train", "two", "ragged"])
 def test_nothing_else_goes_over_the_slow_link(programs, name):
     """All-to-alls over nodes alone. Inside a node the engine exchanges all there is."""
     text = programs[name].as_text()
-    other = "all-gather|all-reduce|ragged-all-to-all|collective-permute|reduce-scatter|sort"
+    other = "all-gather|all-reduce|collective-permute|reduce-scatter|sort"
     assert not re.search(rf"\b({other})(-start)?\(", text)
-    exchanged = re.findall(r"\ball-to-all(?:-start)?\(.*?replica_groups=\S+ (\{.*?\})", text)
-    assert exchanged
-    assert set(exchanged) == {"{'node'}"}
+    assert ("ragged-all-to-all" in text) == (name == "ragged")
+    exchanges = [line for line in text.splitlines() if re.search(r"all-to-all(-start)?\(", line)]
+    assert exchanges
+    nodes = 2 if name == "two" else 8
+    rails = [range(rail, 8 * nodes, 8) for rail in range(8)]
+    listed = ",".join("{" + ",".join(map(str, rail)) + "}" for rail in rails)
+    for line in exchanges:
+        assert f"replica_groups={{{listed}}}" in line or re.search(
+            r"replica_groups=\S+ \{'node'\}", line
+        )
 
 
-DECOMPOSER = "xla_gpu_unsupported_enable_ragged_all_to_all_multi_host_decomposer"
-
-
-@pytest.mark.parametrize("flag", [True, False])
-def test_real_counts_cross_where_xla_is_told_not_to_gather(flag):
-    """With its default XLA turns a ragged exchange between servers into one of everything."""
+def test_real_sizes_cross_where_xla_is_told_not_to_gather(programs):
+    """Rows as ragged exchanges alone, given the topology's options; without them XLA gathers."""
     layer, mesh = Layer(64, topology=jf.Topology(exchange="ragged")), make_node_mesh()
-    text = compiled(forward(layer, mesh), layer.arguments(mesh), **{DECOMPOSER: flag}).as_text()
-    wide = "\n".join(line for line in text.splitlines() if f",{WIDTH}]" in line)
-    exchanges = re.findall(r" ((?:ragged-)?all-to-all|all-gather)(?:-start)?\(", wide)
-    assert Counter(exchanges) == {"ragged-all-to-all": 2} | ({"all-gather": 2} if flag else {})
+    plain = compiled(train(layer, mesh), layer.arguments(mesh))
+    found = []
+    for program in (programs["ragged"], plain):
+        wide = "\n".join(line for line in program.as_text().splitlines() if f",{WIDTH}]" in line)
+        exchanges = re.findall(r" ((?:ragged-)?all-to-all|all-gather)(?:-start)?\(", wide)
+        found.append(Counter(exchanges))
+    assert found == [{"ragged-all-to-all": 4}, {"ragged-all-to-all": 4, "all-gather": 4}]
 
 
 def test_memory_is_by_formula(programs, capsys):
