@@ -15,7 +15,7 @@ CUDA ?= OFF
 BUILD_ARGS ?=
 ifneq ($(filter cuda,$(MAKECMDGOALS)),)  # builds with the package the programs that test and time kernels
 CUDA := ON
-BUILD_ARGS += --config-settings=cmake.define.JAX_FUSCO_GPU_TESTS=ON
+BUILD_ARGS += --config-settings=cmake.define.JAX_FUSCO_GPU_TESTS=ON --config-settings=cmake.define.JAX_FUSCO_WERROR=ON
 BUILT_TESTS := $(shell find tests/gpu benchmarks/gpu -type f)
 endif
 

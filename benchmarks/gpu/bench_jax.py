@@ -19,7 +19,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -135,7 +135,7 @@ def seconds(step: Callable[..., Any], arguments: tuple[Any, ...], calls: int) ->
     return (time.perf_counter() - start) / calls
 
 
-def compile_all(case: Case) -> dict[str, list[tuple[Shuffle, Any]]]:
+def compile_all(case: Case) -> dict[str, list[tuple[Shuffle, Future[Any]]]]:
     """The contestants of each operation with their programs, compiled side by side: most of a run
     would be spent on that."""
 
@@ -143,31 +143,36 @@ def compile_all(case: Case) -> dict[str, list[tuple[Shuffle, Any]]]:
         return case.function(op, shuffle).lower(*case.arguments(op, None)).compile()
 
     with ThreadPoolExecutor() as pool:
-        tasks = {
+        return {
             op: [(s, pool.submit(compiled, op, s)) for s in contestants(op, case.sizes)]
             for op in case.spec.ops
         }
-        return {op: [(s, task.result()) for s, task in found] for op, found in tasks.items()}
 
 
 def run_op(
-    case: Case, oracle: Oracle, op: str, programs: list[tuple[Shuffle, Any]], rounds: int
+    case: Case, oracle: Oracle, op: str, programs: list[tuple[Shuffle, Future[Any]]], rounds: int
 ) -> dict[str, Any]:
-    """Checks all contestants, then times them in turn."""
+    """Checks all contestants, then times in turn those that neither fail nor are wrong."""
     turns: dict[str, Callable[[], float]] = {}
-    memory = {}
+    memory, failed = {}, {}
     arguments = case.arguments(op, None)
-    for shuffle, step in programs:
-        oracle.check(op, shuffle, jax.block_until_ready(step(*arguments)), None)
+    for shuffle, program in programs:
+        try:
+            step = program.result()
+            oracle.check(op, shuffle, jax.block_until_ready(step(*arguments)), None)
+        except Exception as error:  # it ends neither its rivals' run nor the next model's
+            failed[shuffle.name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            continue
         analysis = step.memory_analysis()
         memory[shuffle.name] = getattr(analysis, "temp_size_in_bytes", None)
         seconds(step, arguments, 2)
         calls = max(1, min(200, round(TURN_S / seconds(step, arguments, 3))))
         turns[shuffle.name] = functools.partial(seconds, step, arguments, calls)
-    timings = timing.in_turn(turns, rounds, lambda: None)
+    timings = timing.in_turn(turns, rounds, lambda: None) if turns else {}
     return {
         "timings": {name: t.to_json() for name, t in timings.items()},
         "temporary_bytes": memory,
+        "failed": failed,
     }
 
 
@@ -201,6 +206,7 @@ def run(out: pathlib.Path, label: str, platform: str, share: int, rounds: int, b
         "machine": report.machine(),
         "versions": report.versions(),
         "left_out": [],
+        "failed": [],
         "cases": [],
     }
     for spec in specs:
@@ -210,11 +216,22 @@ def run(out: pathlib.Path, label: str, platform: str, share: int, rounds: int, b
             case = GpuCase(spec)
             oracle, programs = Oracle(case), compile_all(case)
             ops = {op: run_op(case, oracle, op, programs[op], rounds) for op in spec.ops}
-            document["cases"].append({"spec": dataclasses.asdict(spec), "ops": ops})
+            for op, measured in ops.items():
+                for name, reason in measured["failed"].items():
+                    document["failed"].append(f"{spec.title}, {op}, {name}: {reason}")
+            compared = {op: measured for op, measured in ops.items() if is_comparison(measured)}
+            document["cases"].append({"spec": dataclasses.asdict(spec), "ops": compared})
             print_cases(document, document["cases"][-1:])
         out.write_text(json.dumps(document, indent=1) + "\n")
     if document["left_out"]:
         click.echo(f"Note: no time was left for {'; '.join(document['left_out'])}")
+    if document["failed"]:
+        raise click.ClickException("\n".join(document["failed"]))
+
+
+def is_comparison(op: dict[str, Any]) -> bool:
+    """Whether one of ours and one of theirs were timed."""
+    return all(any(n.startswith(f) for n in op["timings"]) for f in ("jax_fusco", "plain"))
 
 
 def best(op: dict[str, Any], family: str) -> tuple[float, str]:

@@ -4,7 +4,8 @@
 #
 #   tests/gpu/run.sh              all steps in the order of --list: what measures before what repeats
 #   tests/gpu/run.sh STEP...      those, with what an earlier run has built
-#   tests/gpu/run.sh --continue   those that no earlier run came to; what it measured is kept
+#   tests/gpu/run.sh --continue   those that no earlier run came to, and what it could not build; what
+#                                 it measured is kept
 #
 # Each step has a time limit, and all together have BUDGET seconds (default 590); a failed step does
 # not stop the next ones. Up to api_graphs it should be eight minutes with 16 cores. Everything lands
@@ -34,6 +35,8 @@ OUT=$(cd "$OUT" && pwd)
 export OUT BUILD PYTHON ARCHITECTURES JOBS WORKERS
 export PATH=$PATH:/usr/local/cuda/bin
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+WITHOUT_BULK=$BUILD/without_bulk  # exists where bulk copies have failed
+[ ! -e "$WITHOUT_BULK" ] || export JAX_FUSCO_BULK_COPIES=0
 
 machine() {
   uname -a
@@ -68,21 +71,51 @@ modules() {
     ls jax_fusco/*.so || return
   fi
   $PYTHON -c '
+import datetime, os, jax
 from jax_fusco import ffi
-assert ffi.cuda_module() is not None, "jax_fusco._cuda is missing"
-import jax
+module = ffi.cuda_module()
+assert module is not None, "jax_fusco._cuda is missing"
+print(module.__file__, "of", datetime.datetime.fromtimestamp(os.path.getmtime(module.__file__)))
 print(jax.devices(), ffi.may_run_on_gpu())'
 }
 
 doctor() { $PYTHON -c 'from jax_fusco.cli import main; main(["doctor"])'; }
-kernels() { "$PROGRAMS/test_kernels"; }
-handshake() { "$PROGRAMS/gpu_handshake"; }
+
+# Each test in a process of its own: what CUDA refuses, or what hangs, ends that test alone.
+each_test() {  # program
+  local names name worst=0
+  names=$("$1" --list) || return
+  for name in $names; do
+    timeout --foreground --kill-after=2 $((60 * LIMIT_SCALE / 100)) "$1" "$name" || {
+      echo "FAIL $name: status $?"
+      worst=1
+    }
+  done
+  return $worst
+}
+kernels() { each_test "$PROGRAMS/test_kernels"; }
+handshake() { each_test "$PROGRAMS/gpu_handshake"; }
+
+# Nearly everything gathers rows in bulk. If that alone fails, all else goes without.
+bulk() {
+  local gather=(timeout --foreground --kill-after=2 "$((20 * LIMIT_SCALE / 100))"
+    "$PROGRAMS/test_kernels" --small GatherIsTheLiteralLoop)
+  rm -f "$WITHOUT_BULK"
+  JAX_FUSCO_BULK_COPIES=1 "${gather[@]}" && return
+  JAX_FUSCO_BULK_COPIES=0 "${gather[@]}" || return
+  touch "$WITHOUT_BULK"
+  echo "Bulk copies fail, words do not: every later step runs with JAX_FUSCO_BULK_COPIES=0."
+  return 1
+}
 
 # tests/conftest.py is for CPU devices. Another JAX than CI's may warn of something. Several processes
 # share a GPU: none may take all its memory. Products of float32 are of float32.
 gpu_pytest() {
+  local limits=()  # a test that hangs in native code is ended by the thread method alone
+  $PYTHON -c 'import pytest_timeout' 2> /dev/null && limits=(--timeout=60 --timeout-method=thread)
   XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DEFAULT_MATMUL_PRECISION=highest \
-    $PYTHON -m pytest --confcutdir=tests/gpu -p no:cacheprovider -W default -q --durations=5 "$@"
+    $PYTHON -m pytest --confcutdir=tests/gpu -p no:cacheprovider -W default -q --tb=short \
+    --durations=5 ${limits[@]+"${limits[@]}"} "$@"
 }
 # Most of their time goes to compiling, one program on one core. Ranks on several GPUs wait for each
 # other, and with them whoever else is there.
@@ -120,6 +153,7 @@ picture() {
 STEPS="
 machine 30
 build 200
+bulk 45
 kernels 130
 handshake 45
 bench_kernels 110
@@ -143,13 +177,13 @@ if [ "${1:-}" = --list ]; then
   awk 'NF { print $1 }' <<< "$STEPS"
   exit
 fi
-FINISHED=$BUILD/finished  # the steps that a run came to, whatever became of them
+FINISHED=$BUILD/finished  # the steps that a run came to, whatever became of them; built if it was
 continued=no
 if [ "${1:-}" = --continue ]; then
   continued=yes
   shift
 elif [ $# = 0 ]; then
-  rm -rf "$FINISHED" "${MEASURED:?}"/*
+  rm -rf "$FINISHED" "$WITHOUT_BULK" "${MEASURED:?}"/*
 fi
 touch "$FINISHED"
 for wanted in "$@"; do
@@ -179,11 +213,15 @@ while read -r name limit; do
   begin=$SECONDS
   printf '\n===== %s\n' "$name" >> "$OUT/log.txt"
   at=$(wc -l < "$OUT/log.txt")
-  timeout --kill-after=5 "$limit" "$BASH" tests/gpu/run.sh --step "$name" \
+  # An interrupt lets pytest say what has failed so far.
+  timeout --signal=INT --kill-after=10 "$limit" "$BASH" tests/gpu/run.sh --step "$name" \
     < /dev/null >> "$OUT/log.txt" 2>&1
   status=$?
   cp "$MEASURED"/* "$OUT/" 2> /dev/null
-  case $cut$status in yes124 | yes137) ;; *) echo "$name" >> "$FINISHED" ;; esac
+  case $name-$cut$status in
+    *-yes124 | *-yes137 | build-*[1-9]* | modules-*[1-9]*) ;;
+    *) echo "$name" >> "$FINISHED" ;;
+  esac
   case $status in
     0) note "$name" ok $((SECONDS - begin)) ;;
     124 | 137) note "$name" "too long" $((SECONDS - begin)) ;;

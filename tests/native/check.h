@@ -63,9 +63,15 @@ struct Test {
   void (*body)();
 };
 
-// Runs the tests, or those named on the command line; the exit status of main.
+// Runs the tests, or those named on the command line, or prints their names (--list); the exit
+// status of main.
 inline int RunTests(int argc, char** argv, std::initializer_list<Test> tests) {
+  const bool list = argc == 2 && std::strcmp(argv[1], "--list") == 0;
   for (const Test& test : tests) {
+    if (list) {
+      std::printf("%s\n", test.name);
+      continue;
+    }
     bool wanted = argc < 2;
     for (int i = 1; i < argc; ++i) wanted |= std::strcmp(argv[i], test.name) == 0;
     if (!wanted) continue;

@@ -1,4 +1,6 @@
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 #include "xla_ffi/engine/cuda/bulk.h"
 #include "xla_ffi/engine/cuda/gather_rows.h"
@@ -26,20 +28,34 @@ __global__ void __launch_bounds__(kBulkWarps* DeviceTeam::kLanes, 1)
 #endif
 }
 
-// Whether what this binary has for the current device was compiled with bulk copies.
-bool HasBulkCopies() {
+// What a launch may use of shared memory: asked for once, because a smaller limit, set for one
+// launch, would hold for the launch of another thread.
+constexpr int64_t kMaxSharedBytes = 200 << 10;
+static_assert(kCollectiveBytes + BulkMaxSharedBytes(kBulkWarps, DeviceTeam::kLanes) <=
+              kMaxSharedBytes);
+
+// Whether the current device moves rows in bulk, and this binary has that for it.
+bool CanMoveInBulk() {
+  const char* const wanted = std::getenv("JAX_FUSCO_BULK_COPIES");
+  if (wanted != nullptr && std::strcmp(wanted, "0") == 0) return false;
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, GatherRowsInBulkKernel) == cudaSuccess &&
+         attributes.ptxVersion >= 90 && DeviceAttribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
+         DeviceAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kMaxSharedBytes &&
+         cudaFuncSetAttribute(GatherRowsInBulkKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(kMaxSharedBytes)) == cudaSuccess;
+}
+
+bool MovesInBulk() {
   enum : int8_t { kUnknown, kNo, kYes };
   static std::atomic<int8_t> known[64] = {};  // by device: to ask takes microseconds
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   int8_t has = kUnknown;
-  if (device < 64) has = known[device].load(std::memory_order_relaxed);
+  if (device < 64) has = known[device].load(std::memory_order_acquire);
   if (has == kUnknown) {
-    cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, GatherRowsInBulkKernel) != cudaSuccess) return false;
-    const int64_t major = DeviceAttribute(cudaDevAttrComputeCapabilityMajor);
-    has = major >= 9 && attributes.ptxVersion >= 90 ? kYes : kNo;
-    if (device < 64) known[device].store(has, std::memory_order_relaxed);
+    has = CanMoveInBulk() ? kYes : kNo;
+    if (device < 64) known[device].store(has, std::memory_order_release);
   }
   return has == kYes;
 }
@@ -72,7 +88,7 @@ Error LaunchInBulk(const GatherRowsArgs& args, Table* table, Stream stream) {
 Error LaunchGatherRows(const GatherRowsArgs& args, Table* table, Stream stream) {
   if (args.num_rows == 0 || args.row_bytes == 0) return nullptr;
   return WithWord(args.row_bytes, args.out, [&](auto word) {
-    const bool bulk = sizeof(word) == 16 && args.row_bytes >= kBulkRowBytes && HasBulkCopies();
+    const bool bulk = sizeof(word) == 16 && args.row_bytes >= kBulkRowBytes && MovesInBulk();
     return bulk ? LaunchInBulk(args, table, stream)
                 : LaunchByWords<decltype(word)>(args, table, stream);
   });

@@ -36,6 +36,11 @@ inline int64_t BulkSharedBytes(const BulkShape& shape, int warps) {
   const int64_t stages = int64_t{warps} * shape.lanes * BulkShape::kStages;
   return (stages * 8 + 127) / 128 * 128 + shape.piece + stages * shape.piece;
 }
+// At most, for any rows.
+constexpr int64_t BulkMaxSharedBytes(int warps, int lanes_of_warp) {
+  return int64_t{warps} * lanes_of_warp * BulkShape::kStages * 8 + 127 + BulkShape::kMaxPiece +
+         warps * BulkShape::kWarpBytes;
+}
 
 // A piece on its way.
 struct Piece {

@@ -91,7 +91,8 @@ JAX_FUSCO_PROGRAM void Await(const Team& team, const Seat& seat, Phase phase) {
       if (look == Look::kWait && missing < 0) missing = p;
     }
     if (missing < 0 || team.Stopped(team.outcome())) return;
-    if (team.Now() - outcome->start > seat.timeout_ns) {
+    // Signed: a clock that is set back must not look like a wait of centuries.
+    if (static_cast<int64_t>(team.Now() - outcome->start) > static_cast<int64_t>(seat.timeout_ns)) {
       return Stop(team, Failure::kTimeout, missing, 0);
     }
     team.Pause();

@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "xla_ffi/engine/cuda/kernels.h"
 #include "xla_ffi/engine/cuda/team.h"
@@ -16,31 +19,34 @@ inline Error ToError(cudaError_t status) {
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
-inline constexpr int64_t kDefaultSharedBytes = 48 << 10;  // more must be asked for
+// Loads a kernel to the current device, which takes microseconds each time CUDA is asked to.
+inline cudaError_t Load(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> loaded;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (loaded.count({device, kernel}) != 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) loaded.insert({device, kernel});
+  return status;
+}
 
 // Launches kernel(args...) on `stream`, or only loads it. `shared_bytes` are what the program uses,
-// besides the team's own.
+// besides the team's own; a kernel that uses more than 48 KiB has asked for them before.
 template <typename... Params, typename... Args>
 Error Launch(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes,
              Stream stream, const Args&... args) {
   const int64_t shared = kCollectiveBytes + shared_bytes;
-  cudaError_t status = cudaSuccess;
-  if (shared > kDefaultSharedBytes) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared));
-  }
-  if (status == cudaSuccess && stream == kLoadOnly) {
-    cudaFuncAttributes attributes;
-    status = cudaFuncGetAttributes(&attributes, kernel);
-  } else if (status == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(std::max<int64_t>(1, blocks)));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared);
-    config.stream = static_cast<cudaStream_t>(stream);
-    status = cudaLaunchKernelEx(&config, kernel, args...);
-  }
-  return ToError(status);
+  if (stream == kLoadOnly) return ToError(Load(reinterpret_cast<const void*>(kernel)));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::max<int64_t>(1, blocks)));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return ToError(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 // Of the current device; 0 if it cannot be asked.
