@@ -16,6 +16,7 @@ from jax_fusco.choice import Implementation, choose
 from jax_fusco.mesh import Axis, AxisName, expert_axis
 from jax_fusco.placement import Placement
 from jax_fusco.plan import PLAN_NAME, Plan, dropless_capacity, experts_per_rank, whole
+from jax_fusco.reference import accumulation_dtype
 from jax_fusco.token_plan import TokenPlan, make_token_plan, owners
 from jax_fusco.topology import Levels, Topology
 
@@ -262,7 +263,7 @@ def combine(
     wide_out = out_dtype if movers.is_summable(out_dtype) else jnp.dtype(jnp.float32)
     if weights is not None:
         weights = checks.weights(weights, plan.slot.shape)
-        weights = weights.astype(jnp.promote_types(wide.dtype, jnp.float32))
+        weights = weights.astype(accumulation_dtype(wide.dtype))
     call = movers.Call(plan.implementation, axis, out_dtype=wide_out)
     with jax.named_scope("jax_fusco.combine"):
         return primitive.combine(call, wide, weights, _indices(plan)).astype(out_dtype)

@@ -28,15 +28,23 @@ def choose(implementation: Implementation, axis: Axis, *, reached: bool = False)
             return "xla"
         reached = reached or not axis.names or jax.process_count() == 1
         return "fused" if reached else "xla"
-    names: Any = implementation if isinstance(implementation, tuple | list) else (implementation,)
     reason = "need one or more of 'xla', 'fused'"
-    for name in names:
-        if not isinstance(name, str) or name not in movers.IMPLEMENTATIONS:
-            raise ValueError(f"implementation: got {name!r}, need 'xla', 'fused', or None")
+    for name in checked_names(implementation):
         reason = why_not(name, axis)
         if reason is None:
             return name
     raise ValueError(f"implementation: got {implementation!r}, {reason}")
+
+
+def checked_names(implementation: Implementation) -> Sequence[str]:
+    """Those that `implementation` names, in order; ValueError where it names anything else."""
+    if implementation is None:
+        return ()
+    names: Any = implementation if isinstance(implementation, tuple | list) else (implementation,)
+    for name in names:
+        if not isinstance(name, str) or name not in movers.IMPLEMENTATIONS:
+            raise ValueError(f"implementation: got {name!r}, need 'xla', 'fused', or None")
+    return names
 
 
 def why_not(name: str, axis: Axis) -> str | None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from jax_fusco import __version__
+
 
 class _Finite(click.FloatRange):
     """Without NaN, which is outside of no range, and without infinity."""
@@ -34,7 +36,7 @@ def _make_folder(out: pathlib.Path) -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="jax-fusco", prog_name="jax-fusco")
+@click.version_option(__version__, prog_name="jax-fusco")
 def main() -> None:
     """Fused Mixture-of-Experts shuffles for JAX."""
 
@@ -205,6 +207,7 @@ def bench_grouped_matmul(
     type=click.Path(path_type=pathlib.Path),
     help="placement.json: where the experts lie, and their replicas.",
 )
+@click.option("--layer", type=click.IntRange(0), help="Of a placement for several layers.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=pathlib.Path),
@@ -217,6 +220,7 @@ def ledger(
     num_experts: int | None,
     slice_rows: int | None,
     placement: pathlib.Path | None,
+    layer: int | None,
     out: pathlib.Path | None,
 ) -> None:
     """Count the bytes that a routing moves inside ranks, inside nodes and between nodes.
@@ -231,13 +235,22 @@ def ledger(
 
     try:
         ids, experts = _read_routing(routing, num_experts, ranks_per_node, "--ranks-per-node")
+        placed = None if placement is None else Placement.from_file(placement)
+        if layer is not None:
+            if placed is None:
+                raise ValueError(f"--layer: got {layer} and no --placement, need both or none")
+            placed = placed.layer(layer)
+        elif placed is not None and placed.num_layers is not None:
+            raise ValueError(
+                f"--layer: got nothing, need one of the {placed.num_layers} layers of {placement}"
+            )
         found = count(
             ids,
             (len(ids) // ranks_per_node, ranks_per_node),
             num_experts=experts,
             row_bytes=row_bytes,
             slice_rows=slice_rows,
-            placement=None if placement is None else Placement.from_file(placement),
+            placement=placed,
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from None
@@ -256,7 +269,7 @@ def ledger(
 @click.argument("routing", type=click.Path(path_type=pathlib.Path))
 @click.option("--ranks", type=click.IntRange(1), help="Ranks; default: those of the routing.")
 @click.option("--ranks-per-node", type=click.IntRange(1), help="Ranks of a node; default: all.")
-@click.option("--row-bytes", type=click.IntRange(1), default=1, help="Bytes of a token's row.")
+@click.option("--row-bytes", type=click.IntRange(1), help="Bytes of a row; default: count rows.")
 @click.option("--num-experts", type=click.IntRange(1), help="If the file does not say.")
 @click.option("--slots", type=click.IntRange(1), help="Slots a rank, for replicas.")
 @click.option("--groups", type=click.IntRange(1), default=1, help="Groups the router chooses from.")
@@ -284,7 +297,7 @@ def placement(
     routing: pathlib.Path,
     ranks: int | None,
     ranks_per_node: int | None,
-    row_bytes: int,
+    row_bytes: int | None,
     num_experts: int | None,
     slots: int | None,
     groups: int,
@@ -315,7 +328,7 @@ def placement(
             logits,
             method=method,
             num_ranks=ranks or in_file or 1,
-            row_bytes=row_bytes,
+            row_bytes=row_bytes or 1,
             ranks_per_node=ranks_per_node,
             num_slots=slots,
             load_weight=load_weight,
@@ -344,7 +357,7 @@ def placement(
 @click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--nics-per-node", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--oversubscription", type=_Finite(1), default=1.0, show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="A GPU.")
+@click.option("--tokens", type=click.IntRange(1), help="A GPU; default: 4096.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=pathlib.Path),
@@ -360,7 +373,7 @@ def simulate(
     gpus_per_node: int,
     nics_per_node: int,
     oversubscription: float,
-    tokens: int,
+    tokens: int | None,
     out: pathlib.Path,
 ) -> None:
     """Model shuffles on clusters of many hosts: a fit to published times, and what follows from it.
@@ -388,8 +401,11 @@ def simulate(
         )
     if routing is None:
         _make_folder(out)
-        study.run(out, changes, gpus or GPUS, tokens)
+        study.run(out, changes, gpus or GPUS, tokens or 4096)
         return
+    for option, value in (("--gpus", gpus), ("--tokens", tokens)):
+        if value:
+            raise click.ClickException(f"{option}: got it beside --routing, which has its own")
     from jax_fusco.plan import experts_per_rank
     from jax_fusco.simulate.traffic import from_routing
 
@@ -410,11 +426,7 @@ def _read_routing(
     from jax_fusco import ledger_report
 
     ids, in_file = ledger_report.read_routing(path)
-    experts = num_experts or in_file
-    if experts is None:
-        raise ValueError(
-            f"--num-experts: got nothing, and {path} has no num_experts, need a number"
-        )
+    experts = ledger_report.experts_of(path, in_file, num_experts)
     if len(ids) % ranks_per_node:
         raise ValueError(
             f"{option}: got {ranks_per_node}, need a divisor of the {len(ids)} ranks of the routing"

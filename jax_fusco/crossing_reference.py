@@ -150,15 +150,15 @@ class _Rails:
 def _rails(implementation: str, owner_node: Array, levels: Levels) -> _Rails:
     """Rows for other nodes, given to rails in turn."""
     nodes, ranks, tokens = levels.node.size, levels.local.size, owner_node.shape[0]
-    node = jnp.arange(nodes, dtype=jnp.int32)
+    node = jnp.arange(nodes, dtype=jnp.int32)[None]
     here, local = levels.node.rank(), levels.local.rank()
-    visits = (owner_node[:, :, None] == node).any(1) & (node != here)  # [T, N]
+    visits = (owner_node[:, :, None] == node[None]).any(1) & (node != here)  # [T, N]
     counted = visits.astype(jnp.int32)
     mine = counted.sum(0, dtype=jnp.int32)
     of_owners = _of_each_rank(implementation, jnp.broadcast_to(mine, (ranks, nodes)), levels)
     earlier = jnp.arange(ranks)[:, None] < local
     position = jnp.where(earlier, of_owners, 0).sum(0, dtype=jnp.int32)
-    position = position + jnp.cumsum(counted, 0, dtype=jnp.int32) - counted
+    position = position[None] + jnp.cumsum(counted, 0, dtype=jnp.int32) - counted
     rail = rails.balanced_rail(position, here, node, ranks)
     # Rows by rail, node, owner and token: what the engine plans where a rail's nodes are experts.
     sizes, _, _, _, source_rank, source, *_ = make_integers(
@@ -169,7 +169,7 @@ def _rails(implementation: str, owner_node: Array, levels: Levels) -> _Rails:
         capacity=(nodes - 1) * tokens,
         alignment=1,
     )
-    row = jnp.arange(tokens, dtype=jnp.int32)
+    row = jnp.arange(tokens, dtype=jnp.int32)[None]
     at = (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)[:, None] + row
     filled = row < sizes[:, None]
     at = jnp.minimum(at, source.size - 1)
@@ -196,7 +196,9 @@ def _forwarders(
     node = jnp.arange(nodes, dtype=jnp.int32)[:, None]
     mine = node == here
     owner = jnp.where(mine, local, packed.pack_rank).reshape(-1)
-    token = jnp.where(mine, jnp.arange(tokens, dtype=jnp.int32), packed.pack_token).reshape(-1)
+    token = jnp.where(mine, jnp.arange(tokens, dtype=jnp.int32)[None], packed.pack_token).reshape(
+        -1
+    )
     # Node, rank and slot of an assignment in the bits of one number: no division takes them apart.
     slot_bits, rank_bits = bits(capacity), bits(ranks)
     rank = cells.slot_rank // ranks << rank_bits | cells.slot_rank % ranks

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 from jax_fusco import blas, checks, grouped_blas, mesh
 from jax_fusco.grouped_blas import Indices
 from jax_fusco.plan import whole
+from jax_fusco.reference import accumulation_dtype
 
 IMPLEMENTATIONS = ("xla", "blas", "tokamax")
 
@@ -120,7 +121,7 @@ class _Plain:
         self, rows: jax.Array, kernel: jax.Array, weights: jax.Array | None, indices: Indices
     ) -> jax.Array:
         sizes, source, merge = indices
-        wide = jnp.promote_types(rows.dtype, jnp.float32)
+        wide = accumulation_dtype(rows.dtype)
         if source is not None:
             # In float32, because the gradient of a gather is a sum.
             held = rows.astype(wide).at[jnp.where(source < 0, rows.shape[0], source)]
@@ -135,9 +136,9 @@ class _Plain:
         try:
             y = ragged_dot(x, kernel, sizes, preferred_element_type=out_dtype)
         except NotImplementedError as error:
+            blas = "" if x.dtype == jnp.float64 else "implementation='blas' on CPU devices, or "
             raise NotImplementedError(
-                f"ragged_dot cannot do this ({error}); under jax.vmap use implementation='blas' on "
-                "CPU devices, or jax.lax.map"
+                f"ragged_dot cannot do this ({error}); under jax.vmap use {blas}jax.lax.map"
             ) from error
         y = jnp.where(real, y, 0)
         if merge is None:
@@ -186,7 +187,7 @@ def _weights(weights: Any, merge: Any, count: int, dtype: Any) -> jax.Array | No
             f"merge_weights: got shape {weights.shape}, need {count} entries, one for each "
             "assignment"
         )
-    return weights.astype(jnp.promote_types(dtype, jnp.float32))
+    return weights.astype(accumulation_dtype(dtype))
 
 
 def reads_in_place(dtype: Any) -> bool:

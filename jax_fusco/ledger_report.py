@@ -39,6 +39,21 @@ def read_routing(path: str | pathlib.Path) -> tuple[np.ndarray, int | None]:
     return ids, int(experts)
 
 
+def experts_of(path: str | pathlib.Path, in_file: int | None, option: int | None) -> int:
+    """E, from a routing's file or else from --num-experts.
+
+    Raises:
+      ValueError: neither says it, or they say different numbers.
+    """
+    if in_file is None and option is None:
+        raise ValueError(
+            f"--num-experts: got nothing, and {path} has no num_experts, need a number"
+        )
+    if None not in (in_file, option) and in_file != option:
+        raise ValueError(f"--num-experts: got {option}, need the {in_file} that {path} says")
+    return in_file or option or 0
+
+
 def _ratio(load: np.ndarray) -> float:
     mean = load.mean()
     return float(load.max() / mean) if mean else 1.0

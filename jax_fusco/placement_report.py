@@ -11,7 +11,7 @@ from rich.table import Table
 
 from jax_fusco.files import read_npz
 from jax_fusco.ledger import LINKS
-from jax_fusco.ledger_report import byte_text, read_routing
+from jax_fusco.ledger_report import byte_text, experts_of, read_routing
 from jax_fusco.placement import Placement
 from jax_fusco.placement_optimize import METHODS, optimize_placement
 from jax_fusco.placement_predict import Prediction, Traffic
@@ -29,11 +29,13 @@ class Study:
       stats: what was counted.
       placements: by method.
       predictions: by method, and after pruning by name.
+      no_expert: how many ids of the routing name no expert.
     """
 
     stats: RoutingStats
     placements: dict[str, Placement]
     predictions: dict[str, Prediction]
+    no_expert: int = 0
 
     @property
     def today(self) -> Traffic:
@@ -61,11 +63,7 @@ def read(
     if "token_limbs" in arrays:
         return RoutingStats.from_file(path), None, None, None
     ids, in_file = read_routing(path)
-    experts = num_experts or in_file
-    if experts is None:
-        raise ValueError(
-            f"--num-experts: got nothing, and {path} has no num_experts, need a number"
-        )
+    experts = experts_of(path, in_file, num_experts)
     logits = arrays.get("logits")
     if logits is not None:
         want = (*ids.shape[:2], experts)
@@ -109,7 +107,8 @@ def study(
     }
     if ids is not None and logits is not None and not replicated:
         predictions |= _pruned(stats, ids, logits, placements[method], method, row_bytes)
-    return Study(stats, placements, predictions)
+    no_expert = 0 if ids is None else int(((ids < 0) | (ids >= stats.num_experts)).sum())
+    return Study(stats, placements, predictions, no_expert)
 
 
 def _pruned(
@@ -147,8 +146,9 @@ def describe(found: Study) -> str:
     tokens = int(stats.tokens.sum())
     each = int(stats.load.sum()) / max(tokens, 1)
     nodes = placement.num_ranks // placement.ranks_per_node
+    lost = f" ({found.no_expert} ids name none)" if found.no_expert else ""
     return (
-        f"{tokens} tokens to {each:.3g} of {stats.num_experts} experts each{layers}; nodes: "
+        f"{tokens} tokens to {each:.3g} of {stats.num_experts} experts each{lost}{layers}; nodes: "
         f"{nodes} of {placement.ranks_per_node} ranks; ranks and nodes per token are counted on "
         "tokens that no search has seen"
     )
@@ -156,7 +156,9 @@ def describe(found: Study) -> str:
 
 def table(found: Study) -> Table:
     """A line for each method."""
-    made = Table(title="One dispatch, per token", title_justify="left", header_style="bold")
+    rows = all(prediction.row_bytes == 1 for prediction in found.predictions.values())
+    title = "One dispatch, rows per token" if rows else "One dispatch, per token"
+    made = Table(title=title, title_justify="left", header_style="bold")
     made.add_column("", no_wrap=True)
     for head in ("ranks", "", "nodes", *LINKS.values()):
         made.add_column(head, justify="right")
@@ -171,7 +173,7 @@ def table(found: Study) -> Table:
             f"{traffic.ranks_per_token:.3f}",
             "" if name == TODAY else f"{change:+.1f} %",
             f"{traffic.nodes_per_token:.3f}",
-            *(byte_text(number) for number in traffic.bytes_per_token.values()),
+            *(f"{n:.3f}" if rows else byte_text(n) for n in traffic.bytes_per_token.values()),
             f"{traffic.load_max_over_mean:.3f}",
             "" if moved is None else str(moved),
         )
@@ -184,8 +186,9 @@ def verdict(found: Study, method: str) -> str:
     if not prediction.moves:
         return "Nothing to gain: leave the experts where they are"
     loads = [each.load_max_over_mean for each in (prediction.today, prediction.after)]
+    less = "more" if prediction.gain < 0 else "fewer"
     return (
-        f"{method}: {100 * prediction.gain:.1f} % fewer ranks per token, load max/mean "
+        f"{method}: {100 * abs(prediction.gain):.1f} % {less} ranks per token, load max/mean "
         f"{loads[0]:.3f} -> {loads[1]:.3f}, {prediction.moves} experts change their rank"
     )
 

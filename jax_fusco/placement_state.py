@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -30,12 +30,13 @@ def apply(
     expert_axes: Mapping[str, int] | None,
 ) -> tuple[Any, Any]:
     """See `Placement.apply`."""
-    axes = {**ROUTER_AXES, **EXPERT_AXES, **(expert_axes or {})}
     paths, leaves, tree = _flatten(model_state)
+    own_axes = _checked(expert_axes or {}, paths)
+    axes = {**ROUTER_AXES, **EXPERT_AXES, **own_axes}
     # An attention may have a wo_kernel too, of as many heads as there are experts.
     blocks = {path[:-1] for path in paths if path and path[-1] == "wi_kernel"}
     blocks &= {path[:-1] for path in paths if path and path[-1] == "wo_kernel"}
-    sure = {*ROUTER_AXES, *(expert_axes or ())}
+    sure = {*ROUTER_AXES, *own_axes}
     owned = {
         path: leaf
         for path, leaf in zip(paths, leaves, strict=True)
@@ -57,7 +58,7 @@ def apply(
         moment_paths, moments, optimizer_tree = _flatten(optimizer_state)
         known = set(paths)
         for path, moment in zip(moment_paths, moments, strict=True):
-            of = next((path[at:] for at in range(len(path)) if path[at:] in known), path)
+            of = _parameter_of(path, known, owned)
             move = None
             if of in owned:
                 move = _moment_move(placement, path, moment, of, owned, layer_of, axes)
@@ -81,6 +82,30 @@ def _flatten(state: Any) -> tuple[list[Path], list[Any], Any]:
             path = path[:-1]
         paths.append(path)
     return paths, [leaf for _, leaf in found], tree
+
+
+def _checked(expert_axes: Mapping[str, Any], paths: list[Path]) -> dict[str, int]:
+    """`expert_axes`, if each names a parameter, and counts from the end."""
+    names = {path[-1] for path in paths if path}
+    for name, axis in expert_axes.items():
+        if name not in names:
+            raise ValueError(f"expert_axes: got {name!r}, need the name of a parameter")
+        if isinstance(axis, bool) or not isinstance(axis, int) or axis >= 0:
+            raise ValueError(
+                f"expert_axes: got {axis!r} for {name!r}, need an axis counted from the end, "
+                "a negative integer"
+            )
+    return dict(expert_axes)
+
+
+def _parameter_of(path: Path, known: Collection[Path], owned: Collection[Path]) -> Path:
+    """The parameter that a moment at `path` belongs to, or `path` itself."""
+    for at in range(len(path)):
+        if path[at:] in known:
+            return path[at:]
+    # An optimizer that holds several arrays for a parameter (SM3) puts them below its path.
+    inside = (path[at:end] for end in range(len(path)) for at in range(end))
+    return next((part for part in inside if part in owned), path)
 
 
 def _name(path: Path, axes: Mapping[str, int]) -> bool:
@@ -108,22 +133,29 @@ def _natural(path: Path) -> list[Any]:
 def _layers(
     placement: Placement, owned: Mapping[Path, Any], axes: Mapping[str, int]
 ) -> dict[Path, int | None]:
-    """The layer of each MoE block by its path; None: all, along the leading axis or the same."""
-    blocks = sorted({path[:-1] for path in owned}, key=_natural)
+    """The layer of each parameter by its path; None: all, along the leading axis or the same."""
     layers = placement.num_layers
     if layers is None:
-        return dict.fromkeys(blocks)
-    if len(blocks) == layers:
-        return {block: index for index, block in enumerate(blocks)}
+        return dict.fromkeys(owned)
+    # A layer's parameters may lie in one block or in several (its router beside its experts).
+    by_name: dict[str, list[Path]] = {}
+    for path in sorted(owned, key=_natural):
+        by_name.setdefault(path[-1], []).append(path)
+    counts = {len(paths) for paths in by_name.values()}
+    if counts == {layers}:
+        return {path: layer for paths in by_name.values() for layer, path in enumerate(paths)}
     stacked = all(
         leaf.ndim > -axes[path[-1]] and leaf.shape[0] == layers for path, leaf in owned.items()
     )
-    if len(blocks) == 1 and stacked:
-        return dict.fromkeys(blocks)
-    raise ValueError(
-        f"model_state: got {len(blocks)} MoE layers ({_spell(blocks[0])}, ...), need the "
-        f"placement's {layers}"
-    )
+    if counts == {1} and stacked:
+        return dict.fromkeys(owned)
+    blocks = sorted({path[:-1] for path in owned}, key=_natural)
+    if len(blocks) == layers and counts != {1}:  # some layers have biases, say, and some have none
+        return {path: blocks.index(path[:-1]) for path in owned}
+    got = ", ".join(f"{len(paths)} {name}" for name, paths in by_name.items())
+    if len(counts) == 1:
+        got = f"{counts.pop()} MoE layers ({_spell(min(owned, key=_natural))}, ...)"
+    raise ValueError(f"model_state: got {got}, need the placement's {layers}")
 
 
 def _move(
@@ -132,7 +164,7 @@ def _move(
     """(index [slots] or [layers, slots], axis from the end), or None where nothing moves."""
     if placement.has_replicas and path[-1] in ROUTER_AXES:
         return None  # the router goes on speaking of experts
-    layer = layer_of[path[:-1]]
+    layer = layer_of[path]
     index = placement.expert_of_slot
     return (index if layer is None else index[layer]), axes[path[-1]]
 

@@ -147,11 +147,13 @@ def _limit(
     valid = walked >= 0
     its_group = jnp.where(valid, group[walked], -1)
     same = its_group[:, :, None] == its_group[:, None, :]
-    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
+    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None]
     first = valid & ~(same & earlier).any(-1)
     number = jnp.cumsum(first, axis=-1)
     entering = first & (number <= most)
-    admitted = (entering[:, :, None] & (its_group[:, :, None] == group)).any(1)  # [T, E]
+    admitted = (entering[:, :, None] & (its_group[:, :, None] == group[None, None])).any(
+        1
+    )  # [T, E]
     if similarity is None:
         chosen = _best(walked, scores, admitted)
     else:

@@ -141,6 +141,12 @@ def plan(
     return vary(found, varying_axes(expert_ids) | checked_axes(axis))
 
 
+def accumulation_dtype(dtype: Any) -> Any:
+    """What sums of `dtype` are made in: float32, or more where it is more."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
+
+
 def to_words(x: jax.Array) -> jax.Array:
     """`x` as unsigned integers of its width, shape kept but for complex numbers."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -224,7 +230,7 @@ def reduce_rows(
     out_dtype: Any,
 ) -> jax.Array:
     """`out[t] = sum_j w[t, j] * y@slot_rank[t, j][slot[t, j]]`, j ascending, one fma each."""
-    accumulator = jnp.promote_types(y.dtype, jnp.float32)
+    accumulator = accumulation_dtype(y.dtype)
     shape = slot.shape[:1] + y.shape[1:]
 
     # XLA contracts an unrolled sum as it likes; in a scan over j it is the ordered fma.
@@ -281,7 +287,7 @@ def ragged_all_to_all(
         )
         sender = jnp.repeat(jnp.arange(axis.size), begin.size // axis.size)
         row = jnp.arange(output.shape[0], dtype=here.dtype)[:, None]
-        covers = (row >= here) & (row < here + size)  # [M, slices]
+        covers = (row >= here[None]) & (row < (here + size)[None])  # [M, slices]
         covered, which = covers.any(1), covers.argmax(1)
         source = jnp.where(covered, begin[which] + row[:, 0] - here[which], -1)
         (received,) = gather_rows(

@@ -12,6 +12,7 @@ from jax import lax
 from jax_fusco.mesh import Axis, AxisName, checked_axes, expert_axis, unshard, vary
 from jax_fusco.movers import make_integers
 from jax_fusco.placement import Placement
+from jax_fusco.reference import accumulation_dtype
 
 Array = jax.Array
 
@@ -86,7 +87,7 @@ def nearest(
     """The nearest slots of every expert: `order[begin[e] : begin[e] + copies[e]]`, ascending."""
     owner = jnp.arange(slots.shape[0], dtype=jnp.int32) // (slots.shape[0] // ranks)
     far = (owner != rank).astype(jnp.int32)
-    far += owner // ranks_per_node != rank // ranks_per_node
+    far += (owner // ranks_per_node != rank // ranks_per_node).astype(jnp.int32)
     # All three are tables of a few hundred numbers.
     least = jnp.full(experts, 2, jnp.int32).at[slots].min(far)
     expert = jnp.where(far == least[slots], slots, experts)
@@ -183,7 +184,7 @@ def _groups(placement: Placement) -> tuple[Array, int]:
 
 def _sum(gradient: Array, group: Array, number: int) -> Array:
     """`[number, ...]`: the sums over the slots of each group, in float32 or wider."""
-    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    wide = accumulation_dtype(gradient.dtype)
     sums = jnp.zeros((number, *gradient.shape[1:]), wide)
     return sums.at[group].add(gradient.astype(wide), mode="drop")
 

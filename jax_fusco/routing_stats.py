@@ -271,7 +271,9 @@ def _auto(
 
 def _hits(ids: jax.Array, num_experts: int) -> jax.Array:
     """[N, k] -> [N, E], how often each expert is named."""
-    return (ids[:, :, None] == jnp.arange(num_experts, dtype=ids.dtype)).sum(1, dtype=jnp.int32)
+    return (ids[:, :, None] == jnp.arange(num_experts, dtype=ids.dtype)[None, None]).sum(
+        1, dtype=jnp.int32
+    )
 
 
 @jax.jit
@@ -322,8 +324,8 @@ def _update(stats: RoutingStats, ids: jax.Array) -> RoutingStats:
 
 def _pack(ids: jax.Array, num_experts: int) -> jax.Array:
     """[N, k] -> [N, W] words, a bit for each expert."""
-    word = jnp.arange(-(-num_experts // 32), dtype=jnp.int32)
-    packed = jnp.zeros((ids.shape[0], word.shape[0]), jnp.uint32)
+    word = jnp.arange(-(-num_experts // 32), dtype=jnp.int32)[None]
+    packed = jnp.zeros((ids.shape[0], word.shape[1]), jnp.uint32)
     for j in range(ids.shape[1]):
         expert = ids[:, j, None]
         here = (expert >= 0) & (expert < num_experts) & (expert // 32 == word)
@@ -340,12 +342,12 @@ def _draw(stats: RoutingStats, sets: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The first token of this update continues where the last update stopped.
     shift = (seen % jnp.uint32(slots)).astype(jnp.int32)
     place = (jnp.arange(slots, dtype=jnp.int32) - shift) % slots
-    token = turn * slots + place
+    token = turn * slots + place[None]
     found = sets.at[token].get(mode="fill", fill_value=0)  # [turns, S, W]
     valid = (found != 0).any(2)
     if len(turn) == 1:
         return found[0], valid[0].astype(jnp.float32)
-    order = _mix(seen, turn.astype(jnp.uint32), place.astype(jnp.uint32)) >> 1
+    order = _mix(seen, turn.astype(jnp.uint32), place[None].astype(jnp.uint32)) >> 1
     chosen = jnp.where(valid, order, jnp.uint32(2**32 - 1)).argmin(0)
     picked = jnp.take_along_axis(found, chosen[None, :, None], axis=0)[0]
     return picked, valid.sum(0).astype(jnp.float32)

@@ -80,7 +80,7 @@ def owners(expert_ids: Array, axis: Axis, num_experts: int) -> Array:
     valid = (expert_ids >= 0) & (expert_ids < num_experts)
     owner = jnp.where(valid, expert_ids // (num_experts // axis.size), -1)
     same = owner[:, :, None] == owner[:, None, :]  # [T, j, i]
-    again = (same & jnp.tri(k, k=-1, dtype=bool)).any(2)
+    again = (same & jnp.tri(k, k=-1, dtype=bool)[None]).any(2)
     return jnp.where(valid, jnp.where(again, -1, owner), expert_ids)
 
 

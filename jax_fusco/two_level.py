@@ -22,7 +22,7 @@ from jax_fusco import reference
 from jax_fusco.mesh import Axis, platform, vary, varying_axes
 from jax_fusco.movers import Call, run
 from jax_fusco.plan import Crossing
-from jax_fusco.reference import from_words, to_words
+from jax_fusco.reference import accumulation_dtype, from_words, to_words
 from jax_fusco.topology import Levels
 
 Array = jax.Array
@@ -67,8 +67,12 @@ class _Slices:
     def lengths(self, home: bool) -> tuple[Array, Array]:
         """Rows of each block that go to its node and come from there, [N] each."""
         elsewhere = jnp.arange(self.levels.node.size) != self.levels.node.rank()
-        sent = (self.crossing.pack_token >= 0).sum(1, dtype=jnp.int32) * elsewhere
-        received = (self.crossing.deliver_slot >= 0).any(2).sum(1, dtype=jnp.int32) * elsewhere
+
+        def rows(there: Array) -> Array:
+            return jnp.where(elsewhere, there.sum(1, dtype=jnp.int32), 0)
+
+        sent = rows(self.crossing.pack_token >= 0)
+        received = rows((self.crossing.deliver_slot >= 0).any(2))
         return (received, sent) if home else (sent, received)
 
     def cross(self, part: Array, index: Array, lengths: tuple[Array, Array] | None) -> Array:
@@ -165,7 +169,7 @@ def gather_rows(call: Call, rows: Arrays, crossing: Crossing) -> Arrays:
 def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing) -> Array:
     """The weighted sum over each token's slots: a partial sum on each node, then over nodes."""
     nodes = crossing.deliver_slot.shape[0]
-    accumulator = jnp.promote_types(y.dtype, jnp.float32)
+    accumulator = accumulation_dtype(y.dtype)
     wire = accumulator if crossing.topology.wire_dtype == "float32" else y.dtype
     row_bytes = jnp.dtype(wire).itemsize * (y.size // max(y.shape[0], 1))
     slices = _Slices.of(crossing, row_bytes)
@@ -192,7 +196,7 @@ def reduce_rows(call: Call, y: Array, weights: Array | None, crossing: Crossing)
     returned = jnp.zeros((nodes, slices.block, *y.shape[1:]), words)
     (returned,) = slices.run(partial_sums, keep, (returned,), home=True)
     block = jnp.arange(nodes, dtype=jnp.int32) * slices.block
-    at = jnp.where(crossing.rail_row >= 0, block + crossing.rail_row, -1)
+    at = jnp.where(crossing.rail_row >= 0, block[None] + crossing.rail_row, -1)
     returned = from_words(returned, wire).reshape((nodes * slices.block, *y.shape[1:]))
     others = reduce(returned, None, crossing.rail, at, out_dtype=accumulator)
     return (own + others).astype(call.out_dtype)
@@ -235,7 +239,7 @@ def gather_rows_weighted(
     rail = jnp.where(near, levels.local.rank(), jnp.take_along_axis(crossing.rail, node, 1))
     token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
     row = jnp.where(near, token, jnp.take_along_axis(crossing.rail_row, node, 1))
-    at = (node * tokens + row) * k + jnp.arange(k, dtype=jnp.int32)
+    at = (node * tokens + row) * k + jnp.arange(k, dtype=jnp.int32)[None]
     at = jnp.where(crossing.owner_node >= 0, at, -1)
     (home,) = gather((back,), rail.reshape(-1), at.reshape(-1))
     return dy.reshape(y.shape), home.reshape(weights.shape)

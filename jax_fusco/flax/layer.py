@@ -66,7 +66,7 @@ def _logits(params: Params, x: jax.Array) -> jax.Array:
     kernel = params["router_kernel"].astype(jnp.float32)
     logits = jnp.dot(x.astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST)
     bias = params.get("router_bias")
-    return logits if bias is None else logits + bias.astype(jnp.float32)
+    return logits if bias is None else logits + bias.astype(jnp.float32)[None]
 
 
 def _once(bias: jax.Array | None, model: str | None) -> jax.Array | None:

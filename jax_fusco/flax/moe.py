@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from jax_fusco import checks
-from jax_fusco.choice import Implementation
+from jax_fusco.choice import Implementation, checked_names
 from jax_fusco.flax.experts import ACTIVATIONS
 from jax_fusco.flax.layer import LayerConfig, moe_layer
 from jax_fusco.flax.metrics import MoEMetrics
@@ -174,6 +174,7 @@ class MoE(nnx.Module):
             )
         if rows not in (None, "assignment", "token"):
             raise ValueError(f"rows: got {rows!r}, need 'assignment', 'token', or None")
+        checked_names(implementation)
         self.topology = topology
         self.rows: Literal["assignment", "token"] | None = rows
         self.report_expert_ids = report_expert_ids
@@ -252,6 +253,8 @@ class MoE(nnx.Module):
         named = {name for entry in (self.axis_name, self.model_axis) for name in axis_names(entry)}
         one_kind = ambient.are_all_axes_auto or ambient.are_all_axes_explicit
         known = not ambient.empty and one_kind and named <= set(ambient.axis_names)
+        if known:
+            self._layout()  # checks
         return {} if known else {"eager_sharding": False}
 
     def _layout(self) -> Layout:

@@ -177,14 +177,14 @@ class SigmoidRouter:
         grouped = choice.reshape(choice.shape[0], self.num_groups, -1)
         best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
         kept = lax.top_k(best_two, self.groups_kept)[1]
-        keep = (kept[:, :, None] == jnp.arange(self.num_groups)).any(1)
+        keep = (kept[:, :, None] == jnp.arange(self.num_groups)[None, None]).any(1)
         return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
 
     def __call__(
         self, logits: jax.Array, top_k: int, balance_bias: jax.Array | None = None
     ) -> Routing:
         scores = jax.nn.sigmoid(logits)
-        choice = lax.stop_gradient(scores if balance_bias is None else scores + balance_bias)
+        choice = lax.stop_gradient(scores if balance_bias is None else scores + balance_bias[None])
         if self.groups_kept < self.num_groups:
             choice = self._selectable(choice)
         ids = lax.top_k(choice, top_k)[1]

@@ -589,6 +589,11 @@ def test_undefined_rows_never_spread(
             "capacity_factor: got 0, need a finite number above 0",
         ),
         (
+            {"implementation": "cuda"},
+            ValueError,
+            "implementation: got 'cuda', need 'xla', 'fused', or None",
+        ),
+        (
             {"rows": "expert"},
             ValueError,
             "rows: got 'expert', need 'assignment', 'token', or None",
@@ -627,3 +632,12 @@ def test_bad_inputs_are_said() -> None:
     ]:
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             moe(*arguments)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_an_ambient_mesh_that_does_not_fit(axis_type):
+    with (
+        jax.set_mesh(make_mesh(4, axis_type=axis_type)),
+        pytest.raises(ValueError, match=r"^num_experts: got 6, need a multiple of the number of"),
+    ):
+        MoE(8, 8, num_experts=6, top_k=2, rngs=nnx.Rngs(0))

@@ -288,6 +288,39 @@ def test_inside_jit() -> None:
     jax.tree.map(np.testing.assert_array_equal, got, placement.apply(state)[0])
 
 
+@pytest.mark.parametrize("layers", [None, 2, 11])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_layer_whose_router_lies_beside_its_experts(layers, stacked) -> None:
+    placement = placement_of(7, layers)
+    rng = np.random.default_rng(7)
+
+    def one() -> dict[str, Any]:
+        kernels = {
+            "w_in": rng.normal(size=(EXPERTS, 3, 5)),
+            "w_out": rng.normal(size=(EXPERTS, 5, 3)),
+        }
+        return {"router": {"gate": rng.normal(size=(3, EXPERTS))}, "experts": kernels}
+
+    each = [one() for _ in range(layers or 2)]
+    slots = [
+        placement.expert_of_slot if layers is None else s
+        for s in (placement.expert_of_slot if layers else each)
+    ]
+    expected = [
+        {
+            "router": {"gate": layer["router"]["gate"][:, of]},
+            "experts": {name: kernel[of] for name, kernel in layer["experts"].items()},
+        }
+        for layer, of in zip(each, np.asarray(slots), strict=True)
+    ]
+    state: Any = {str(i): layer for i, layer in enumerate(each)}
+    wanted: Any = {str(i): layer for i, layer in enumerate(expected)}
+    if stacked:
+        state, wanted = (jax.tree.map(lambda *a: np.stack(a), *found) for found in (each, expected))
+    got, _ = placement.apply(state, expert_axes={"gate": -1, "w_in": -3, "w_out": -3})
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 def test_errors() -> None:
     state = nnx.to_pure_dict(nnx.state(block()))
     other = jf.Placement.identity(16, 4)
@@ -308,11 +341,25 @@ def test_errors() -> None:
         ),
         (
             lambda: layers.apply({"a": state, "b": state}),
-            "model_state: got 2 MoE layers (a, ...), need the placement's 3",
+            "model_state: got 2 MoE layers (a/balance_bias, ...), need the placement's 3",
         ),
         (
             lambda: placement_of(0).apply({"a": square}, {"mu": {"b": square}}, expert_axes=axis),
             "optimizer_state: got mu/b/wo_kernel, need a parameter of that name in model_state",
+        ),
+        (
+            lambda: placement_of(0).apply(state, expert_axes={"wo_kernle": -3}),
+            "expert_axes: got 'wo_kernle', need the name of a parameter",
+        ),
+        (
+            lambda: placement_of(0).apply(state, expert_axes={"wo_kernel": 0}),
+            "expert_axes: got 0 for 'wo_kernel', need an axis counted from the end, a negative "
+            "integer",
+        ),
+        (
+            lambda: placement_of(0).apply(square, optax.sm3(1e-3).init(square), expert_axes=axis),
+            "optimizer_state: got 0/mu/wo_kernel/0 of shape (8,), need that of the parameter, "
+            "(8, 8, 8), or one that tells the axis of the experts",
         ),
         (
             lambda: placement_of(0).apply(state, odd),
@@ -328,6 +375,6 @@ def test_errors() -> None:
         ),
     ]
     for call, message in cases:
-        with pytest.raises(ValueError, match="state: ") as info:
+        with pytest.raises(ValueError, match=r"state: |expert_axes: ") as info:
             call()
         assert str(info.value) == message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from helpers import assert_same_bits, both, make_mesh, per_rank
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_fusco as jf
+from jax_fusco import ffi
 
 RANKS, T, K, D, EXPERTS, LAYERS = 4, 6, 2, 8, 8, 3
 
@@ -246,6 +248,13 @@ def test_exported_programs(platforms):
     else:  # XLA inlines all functions of such a program before it looks at it
         assert "_platform_index" in exported.mlir_module()
     assert_same_bits(loaded(*placed), layer(*operands))
+
+
+def test_the_page_on_exporting_names_every_call():
+    page = (Path(__file__).parents[2] / "docs" / "sharding.md").read_text()
+    section = page[page.index("## Exported programs") :].partition("\n## ")[0]
+    for target, _ in ffi.cpu_module().registrations():
+        assert f'"{target.removeprefix("jax_fusco_")}"' in section
 
 
 def test_sizes_that_are_no_numbers_are_refused():

@@ -253,6 +253,17 @@ def test_placements_that_do_not_fit(tmp_path):
     assert done.exit_code == 1
     assert "need a JSON file that Placement.save wrote" in done.output
 
+    layers = tmp_path / "layers.json"
+    one = jf.Placement.identity(experts, 4)
+    jf.Placement.of_slots([one.expert_of_slot] * 2, num_experts=experts, num_ranks=4).save(layers)
+    done = run(*command, layers)
+    assert done.output == f"Error: --layer: got nothing, need one of the 2 layers of {layers}\n"
+    assert run(*command, layers, "--layer", 1).exit_code == 0
+    done = run(*command, layers, "--layer", 2)
+    assert done.output == "Error: index: got 2, need one of 2 layers\n"
+    done = run(*command[:-1], "--layer", 0)
+    assert done.output == "Error: --layer: got 0 and no --placement, need both or none\n"
+
 
 NEED = "need an npz file with integer expert_ids [ranks, tokens, experts per token]"
 
@@ -309,6 +320,8 @@ def test_corrupt_files(tmp_path, damage):
     assert done.exit_code == 1
     assert done.output.startswith(f"Error: {path}: got no readable routing (")
     assert done.output.endswith(f"), {NEED}\n")
+    if damage not in ("truncated", "flipped"):
+        assert "(it is no npz file)" in done.output
     assert done.output.count("\n") == 1
     assert not out.exists()
 
@@ -324,6 +337,11 @@ def test_commands_own_refusals(tmp_path):
     done = run(path, "--ranks-per-node", 2, "--row-bytes", 8)
     assert done.output == (
         f"Error: --num-experts: got nothing, and {path} has no num_experts, need a number\n"
+    )
+    np.savez(tmp_path / "says.npz", expert_ids=np.zeros((4, 3, 1), int), num_experts=8)
+    done = run(tmp_path / "says.npz", *sizes)
+    assert done.output == (
+        f"Error: --num-experts: got 4, need the 8 that {tmp_path / 'says.npz'} says\n"
     )
     done = run(path, "--ranks-per-node", 3, "--row-bytes", 8, "--num-experts", 4)
     assert done.output == (

@@ -83,6 +83,19 @@ def test_replicas_and_groups(tmp_path: pathlib.Path):
     )
 
 
+def test_rows_are_no_bytes_and_ids_that_name_nothing_are_counted(tmp_path: pathlib.Path):
+    path = tmp_path / "routing.npz"
+    ids = routing()[0]
+    ids[0, :7, 0] = 8
+    ids[1, :5, 1] = -1
+    np.savez(path, expert_ids=ids, num_experts=8)
+    printed = run(path, "--method", "occult", "--load-weight", 0)
+    assert "8 experts each (12 ids name none);" in printed
+    assert "One dispatch, rows per token" in printed
+    assert " B " not in printed
+    assert " B " in run(path, "--row-bytes", 2)
+
+
 def test_refusals(tmp_path: pathlib.Path):
     path = tmp_path / "routing.npz"
     ids, logits = routing()
@@ -111,5 +124,6 @@ def test_refusals(tmp_path: pathlib.Path):
     assert refusal(path, "--slots", 1) == (
         "num_slots: got 1, need at least 2 for 8 experts on 4 ranks"
     )
+    assert refusal(path, "--num-experts", 4) == f"--num-experts: got 4, need the 8 that {path} says"
     np.savez(path, token_limbs=np.zeros(2, np.uint32))
     assert "got no array named load_limbs" in refusal(path)

@@ -258,6 +258,9 @@ def test_refusals(tmp_path):
     np.savez(path, expert_ids=np.zeros((4, 3, 1), int))
     done = run("--routing", path, "--gpus-per-node", 2, "--num-experts", 6, "--out", out)
     assert done.output == "Error: num_experts: got 6, need a multiple of the number of ranks (4)\n"
+    for option in ("--gpus", "--tokens"):
+        done = run("--routing", path, "--num-experts", 4, option, 8)
+        assert done.output == f"Error: {option}: got it beside --routing, which has its own\n"
     done = run("--routing", path, "--num-experts", 4, "--out", out)
     assert done.output == (
         "Error: --gpus-per-node: got 8, need a divisor of the 4 ranks of the routing\n"
