@@ -300,4 +300,6 @@ def ragged_all_to_all(
     args = vary(args, varying_axes(args) | checked_axes(axis))
     if not axis.names:
         return emulated(*args)
+    # Both are batched, whichever platform it will be; JAX has no rule for tables that are not.
+    native = jax.custom_batching.sequential_vmap(native)
     return lax.platform_dependent(*args, cpu=emulated, default=native)

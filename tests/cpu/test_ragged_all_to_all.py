@@ -80,6 +80,22 @@ def test_payload_dtypes(implementation, dtype):
 
 
 @both
+def test_vmap_over_rows_of_the_same_tables(implementation):
+    rng = np.random.default_rng(0)
+    four, in_rows, out_rows = tables(rng, 4)
+    operand, output = arrays(rng, 4, in_rows, out_rows, (3, 2))
+
+    def run(operand, output, *four):
+        def one(operand, output):
+            return exchange(implementation)(operand, output, *four)
+
+        return jax.vmap(one, in_axes=1, out_axes=1)(operand, output)
+
+    got = per_rank(run, 4)(operand, output, *(t.astype("i4") for t in four))
+    assert_same_bits(got, oracle.ragged_all_to_all(operand, output, *four))
+
+
+@both
 @pytest.mark.parametrize("shape", [(), (2, 3)])
 def test_row_shapes(implementation, shape):
     rng = np.random.default_rng(0)
